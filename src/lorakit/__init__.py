@@ -1,0 +1,24 @@
+"""lorakit: adapt a frozen pretrained transformer to a task with a few trained numbers."""
+
+from lorakit.core.attach import attach, detach, parameters
+from lorakit.core.files import load, save
+from lorakit.core.merge import merge, unmerge
+from lorakit.core.routing import use
+from lorakit.core.summary import summary
+from lorakit.errors import LorakitError
+from lorakit.methods import LoRA
+from lorakit.version import VERSION as __version__
+
+__all__ = [
+    "LoRA",
+    "LorakitError",
+    "attach",
+    "detach",
+    "load",
+    "merge",
+    "parameters",
+    "save",
+    "summary",
+    "unmerge",
+    "use",
+]

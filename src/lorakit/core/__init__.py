@@ -1,0 +1,1 @@
+"""The contract between the parts: sites, deltas, methods, plans, routing, merging and files."""

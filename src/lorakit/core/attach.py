@@ -1,0 +1,188 @@
+"""Attach an adapter to a model, detach it, and list what it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from lorakit.core.delta import Delta
+from lorakit.core.method import Method, build
+from lorakit.core.plan import BIAS, Plan
+from lorakit.core.routing import hook, route, routing_for, unhook
+from lorakit.core.sites import ADAPTERS
+from lorakit.core.state import (
+    Adapters,
+    Attached,
+    State,
+    adapters_of,
+    attached_to,
+    deltas_of,
+    require_unmerged,
+    set_state,
+    state_of,
+    state_or_new,
+)
+from lorakit.errors import BadMethod, BadState
+
+_IGNORED = "_keys_to_ignore_on_save"  # transformers' list of keys that save_pretrained leaves out
+
+
+def attach(model: nn.Module, method: Method, name: str = "default", *, active: bool = True) -> None:
+    """Attach a fresh, trainable adapter; the base is frozen and stays as it is, to the bit.
+
+    The model keeps its class, keys and forward; the adapter acts through forward hooks. With `active` (the default) the
+    adapter is in force from now on; otherwise whatever is in force stays so.
+
+    Args:
+        model: any `nn.Module`, most usefully a transformers model.
+        method: what to train and where, e.g. `LoRA(rank=8, targets=("attn.q", "attn.v"))`.
+        name: any non-empty text.
+        active: whether to switch to the new adapter.
+
+    Raises:
+        NoSuchTarget: a target matches no module.
+        BadMethod: the method does not fit the model (rank too large, tied weights).
+        BadState: the name is taken, or an adapter is merged. The model is untouched after any error.
+
+    Example:
+        >>> import lorakit as lk
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=32))
+        >>> lk.attach(model, lk.LoRA(rank=4, targets=("attn.q", "attn.v")), name="reviews")
+        >>> sum(p.numel() for p in lk.parameters(model))
+        512
+    """
+    plan = method.plan(model)
+    method.check(plan, model)
+    put(model, name, Attached(method, plan, trainable=True), list(new_deltas(model, method, plan)), active=active)
+
+
+def new_deltas(model: nn.Module, method: Method, plan: Plan) -> Iterator[tuple[nn.Module, Delta]]:
+    """Build the deltas of a plan beside their modules; the model is not changed."""
+    for placement in plan:
+        module = model.get_submodule(placement.path)
+        yield module, build(method, placement, module)
+
+
+def put(
+    model: nn.Module, name: str, record: Attached, deltas: list[tuple[nn.Module, Delta]], *, active: bool
+) -> None:
+    """Hang built deltas onto their modules, after everything that can be refused has been checked."""
+    state = state_or_new(model)
+    _check(model, state, name, record.plan)
+    if not state.attached:
+        _freeze(model, state)
+        set_state(model, state)
+    state.attached[name] = record
+    for module, delta in deltas:
+        _adapters(module, state).add(name, delta.requires_grad_(record.trainable))
+        hook(module)
+    _leave_out_on_save(model, state)
+    if active:
+        route(model, routing_for(model, name))
+
+
+def _check(model: nn.Module, state: State, name: str, plan: Plan) -> None:
+    require_unmerged(state, "attach")
+    if not name or not isinstance(name, str):
+        raise BadState("an adapter needs a name: attach(model, method, name='reviews')")
+    if name in state.attached:
+        raise BadState(f"an adapter is already called {name!r}; detach it first or choose another name")
+    _refuse_tied(model, plan)
+    for path in {placement.path for placement in plan}:
+        if not isinstance(getattr(model.get_submodule(path), ADAPTERS, Adapters(state)), Adapters):
+            raise BadMethod(f"{path} has an attribute called {ADAPTERS!r} of its own, so it cannot be adapted")
+
+
+def _refuse_tied(model: nn.Module, plan: Plan) -> None:
+    """An adapter on one of two tied modules would act on half of what the shared weight does."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(path)
+    tied = {path: paths for paths in holders.values() if len(paths) > 1 for path in paths}
+    for placement in plan:
+        if placement.path in tied and placement.kind != BIAS:
+            others = " and ".join(path for path in tied[placement.path] if path != placement.path)
+            raise BadMethod(
+                f"{placement.path} shares its weight with {others}, so an adapter on it would act on half of what that "
+                "weight does; choose other targets, or load the model with tie_word_embeddings=False"
+            )
+
+
+def _adapters(module: nn.Module, state: State) -> Adapters:
+    child = module._modules.get(ADAPTERS)
+    if not isinstance(child, Adapters):
+        child = Adapters(state)
+        module.add_module(ADAPTERS, child)
+    return child
+
+
+def _freeze(model: nn.Module, state: State) -> None:
+    for path, parameter in model.named_parameters():
+        state.required_grad[path] = parameter.requires_grad
+        parameter.requires_grad_(False)
+
+
+def _leave_out_on_save(model: nn.Module, state: State) -> None:
+    """`save_pretrained` writes the base alone."""
+    if not hasattr(type(model), _IGNORED):
+        return
+    if state.ignored_on_save is None:
+        state.ignored_on_save = list(getattr(model, _IGNORED) or [])
+    ours = [key for key in model.state_dict() if ADAPTERS in key.split(".")]
+    model.__dict__[_IGNORED] = [*state.ignored_on_save, *ours]
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Remove an adapter without a trace; the last one to go gives every `requires_grad` back.
+
+    If the adapter was in force, the base is from now on.
+
+    Raises:
+        NoSuchAdapter: no adapter of that name.
+        BadState: an adapter is merged.
+    """
+    attached_to(model, name)
+    state = state_of(model)
+    require_unmerged(state, "detach")
+    del state.attached[name]
+    for _, module, adapters in list(adapters_of(model)):
+        adapters.remove(name)
+        if not adapters._modules:
+            unhook([module])
+            del module._modules[ADAPTERS]
+    if state.routing is not None:
+        _drop_from_routing(model, state, name)
+    if state.attached:
+        _leave_out_on_save(model, state)
+    else:
+        _forget(model, state)
+
+
+def _drop_from_routing(model: nn.Module, state: State, name: str) -> None:
+    routing: Any = state.routing
+    if name in routing.names:
+        route(model, None)
+
+
+def _forget(model: nn.Module, state: State) -> None:
+    for path, flag in state.required_grad.items():
+        model.get_parameter(path).requires_grad_(flag)
+    model.__dict__.pop(_IGNORED, None)
+    model.__dict__.pop("generate", None)
+    set_state(model, None)
+
+
+def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """The trainable parameters of one adapter, or of all of them: what an optimiser gets.
+
+    Raises:
+        BadState: nothing is attached.
+        NoSuchAdapter: no adapter of that name.
+    """
+    names = list(state_of(model).attached) if name is None else [name]
+    return [p for each in names for delta in deltas_of(model, each) for p in delta.parameters() if p.requires_grad]

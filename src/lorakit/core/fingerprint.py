@@ -1,0 +1,68 @@
+"""Recognise the base that an adapter was trained on, by a few sampled values of each matrix it adapts."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAMPLES = 256  # values a matrix, at fixed places
+TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same base
+
+
+def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """The model's class, and shape and sampled bf16 values of the weight at each path, as JSON values."""
+    weights = {path: weight for path in sorted(set(paths)) if (weight := _weight(model, path)) is not None}
+    return {
+        "architecture": type(model).__name__,
+        "samples": {path: {"shape": list(w.shape), "bf16": _encode(_sample(w))} for path, w in weights.items()},
+    }
+
+
+def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """What speaks against `model` being the base of a saved fingerprint; empty if nothing does."""
+    faults, other = [], []
+    for path, sample in saved.get("samples", {}).items():
+        weight = _weight(model, path)
+        if weight is None:
+            continue
+        if list(weight.shape) != sample["shape"]:
+            faults.append(f"{path} has shape {tuple(weight.shape)} here and {tuple(sample['shape'])} in its base")
+        elif not _close(_sample(weight), _decode(sample["bf16"])):
+            other.append(path)
+    if other:
+        faults.append(
+            f"it was trained on another base: {len(other)} of {len(saved['samples'])} sampled matrices have other values "
+            f"(first: {other[0]})"
+        )
+    return faults
+
+
+def _weight(model: nn.Module, path: str) -> Tensor | None:
+    try:
+        weight = model.get_submodule(path)._parameters.get("weight")
+    except AttributeError:
+        return None
+    floating = weight is not None and weight.is_floating_point() and not weight.is_meta
+    return weight.detach() if floating and weight is not None else None
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return flat[places.to(flat.device)].to("cpu", torch.bfloat16)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.float(), other.float(), rtol=TOLERANCE, atol=1e-6)
+
+
+def _encode(values: Tensor) -> str:
+    return base64.b64encode(values.view(torch.int16).numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.int16).view(torch.bfloat16)

@@ -1,0 +1,117 @@
+"""Fold an adapter into the weights (no extra latency) and take it out again, bit for bit.
+
+Originals are kept, never recomputed: W += d; W -= d would change up to a third of the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.delta import Delta
+from lorakit.core.routing import hook, routing_for, unhook
+from lorakit.core.state import Adapters, State, adapters_of, claim, require_unmerged, state_of
+from lorakit.errors import BadState, NotMergeable
+
+
+@torch.no_grad()
+def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
+    """Fold an adapter, or a weighted mixture of several, into the base's weights.
+
+    Each new weight is computed in float32 and rounded once to the base's dtype. The model then runs its own code at its
+    own speed, without hooks, and `save_pretrained` writes the merged weights.
+
+    Raises:
+        NotMergeable: a delta is not a change of weights, or gives a value that is not finite.
+        BadState: something is merged already. The model is untouched after any error.
+
+    Example:
+        >>> import lorakit as lk
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
+        >>> lk.attach(model, lk.LoRA(rank=2), name="a")
+        >>> lk.merge(model, "a"); lk.unmerge(model)
+    """
+    state = state_of(model)
+    claim(state)
+    require_unmerged(state, "merge")
+    weights = {what: None} if isinstance(what, str) else dict(what)
+    routing_for(model, what)
+    try:
+        for path, module, adapters in adapters_of(model):
+            _merge_module(state, path, module, adapters, weights)
+    except BaseException:
+        _restore(model, state)
+        raise
+    unhook(module for _, module, _ in adapters_of(model))
+    state.merged = " + ".join(repr(name) for name in weights)
+
+
+def _merge_module(
+    state: State, path: str, module: nn.Module, adapters: Adapters, weights: Mapping[str, float | None]
+) -> None:
+    parts = [(adapters.deltas(name), weight) for name, weight in weights.items() if adapters.deltas(name)]
+    if not parts:
+        return
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    new = folded({name: parameter.detach() for name, parameter in own.items()}, parts)
+    for name, value in new.items():
+        if not torch.isfinite(value).all():
+            raise NotMergeable(f"merging {' + '.join(weights)} gives {path}.{name} a value that is not finite")
+    state.originals[path] = {name: own[name].data for name in new}
+    for name, value in new.items():
+        own[name].data = value
+
+
+def folded(
+    values: Mapping[str, Tensor], parts: list[tuple[list[Delta], float | None]]
+) -> dict[str, Tensor]:
+    """One module's parameters with deltas folded in: W + sum of w_i (W_i - W), or W_1 for a lone adapter.
+
+    `parts` pairs the deltas of each adapter with its weight (None: this adapter alone, taken whole).
+    """
+    wide = {name: value.float() for name, value in values.items()}
+    results = [(_fold_all(wide, deltas), weight) for deltas, weight in parts]
+    (first, alone), *_ = results
+    if alone is not None:
+        changed = dict.fromkeys(name for result, _ in results for name in result)
+        first = {name: wide[name] + _change(name, wide, results) for name in changed}
+    return {name: value.to(values[name].dtype) for name, value in first.items()}
+
+
+def _fold_all(wide: Mapping[str, Tensor], deltas: list[Delta]) -> dict[str, Tensor]:
+    new: dict[str, Tensor] = {}
+    for delta in deltas:
+        new |= delta.merged(dict(wide) | new)
+    return new
+
+
+def _change(name: str, wide: Mapping[str, Tensor], results: list[tuple[dict[str, Tensor], float | None]]) -> Tensor:
+    parts = [(weight or 0.0) * (result[name] - wide[name]) for result, weight in results if name in result]
+    return torch.stack(parts).sum(0)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Put the original weights back, bit for bit; the adapters act as before the merge.
+
+    Raises:
+        BadState: nothing is merged.
+    """
+    state = state_of(model)
+    if not state.merged:
+        raise BadState("nothing is merged; call merge(model, name) first")
+    _restore(model, state)
+    for _, module, _ in adapters_of(model):
+        hook(module)
+    state.merged = ""
+
+
+def _restore(model: nn.Module, state: State) -> None:
+    for path, originals in state.originals.items():
+        module = model.get_submodule(path)
+        for name, value in originals.items():
+            module.get_parameter(name).data = value
+    state.originals.clear()

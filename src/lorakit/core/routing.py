@@ -1,0 +1,176 @@
+"""Which adapter acts: `use`, and the one forward hook through which every adapter acts.
+
+The hook is a module-level function that reads `module.adapters`: a closure would be shared by `copy.deepcopy` and
+could not be pickled.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.delta import act_on_rows
+from lorakit.core.sites import ADAPTERS
+from lorakit.core.state import Adapters, Routing, State, attached_to, claim, require_unmerged, state_of
+from lorakit.errors import BadRouting
+
+What = str | None | Sequence[str | None] | Mapping[str, float]
+
+
+class use:  # noqa: N801 - a verb that is also a context manager, like torch.no_grad
+    """Switch the model's adapters: at once, and back again at the end of a `with` block.
+
+    `what` is an adapter's name; None for the base; a list with one name (or None) a row of the batch; or a mapping of
+    names to weights, which gives y0 + sum of w_i (delta_i(y0) - y0) at each site. Trainability does not change.
+
+    Raises:
+        NoSuchAdapter: a name that is not attached.
+        BadState: an adapter is merged, or another thread has the model in use.
+        BadRouting: an empty list, or a method that cannot be mixed or routed by row.
+
+    Example:
+        >>> import lorakit as lk
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, vocab_size=32)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **size))
+        >>> lk.attach(model, lk.LoRA(rank=2), name="a")
+        >>> with lk.use(model, ["a", None]):
+        ...     logits = model(torch.ones(2, 3, dtype=torch.long)).logits   # row 0: adapter a, row 1: the base
+    """
+
+    def __init__(self, model: nn.Module, what: What) -> None:
+        self._model, self._state = model, state_of(model)
+        claim(self._state)
+        require_unmerged(self._state, "use")
+        self._before, self._owner = self._state.routing, self._state.owner
+        route(model, routing_for(model, what))
+
+    def __enter__(self) -> nn.Module:
+        self._state.owner = threading.get_ident()
+        return self._model
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._state.owner = self._owner
+        before = self._before
+        gone = before is not None and not set(before.names) <= set(self._state.attached)
+        route(self._model, None if gone else before)
+
+
+def routing_for(model: nn.Module, what: What) -> Routing | None:
+    """Turn what a user says into explicit state, checking every name."""
+    if what is None:
+        return None
+    if isinstance(what, str):
+        attached_to(model, what)
+        return Routing((what,), used=(what,))
+    if not what:
+        raise BadRouting("use needs at least one adapter: a name, a list with one entry a row, or {name: weight}")
+    if isinstance(what, Mapping):
+        return _mixture(model, what)
+    return _by_row(model, what)
+
+
+def _mixture(model: nn.Module, weights: Mapping[str, float]) -> Routing:
+    for name in weights:
+        attached_to(model, name)
+    names = tuple(weights)
+    return Routing(names, used=names, weights_N=torch.tensor([float(weight) for weight in weights.values()]))
+
+
+def _by_row(model: nn.Module, rows: Sequence[str | None]) -> Routing:
+    for name in rows:
+        if name is not None:
+            attached_to(model, name)
+    names = tuple(state_of(model).attached)  # all of them: another assignment of rows changes no compiled code
+    numbers = [-1 if name is None else names.index(name) for name in rows]
+    used = tuple(name for name in names if name in rows)
+    return Routing(names, used=used, rows_B=torch.tensor(numbers))
+
+
+def route(model: nn.Module, routing: Routing | None) -> None:
+    """Set the model's routing; with rows, `generate` repeats them for its beams."""
+    state_of(model).routing = routing
+    by_row = routing is not None and routing.rows_B is not None
+    if by_row and callable(getattr(type(model), "generate", None)):
+        model.__dict__["generate"] = partial(_generate_by_row, model)
+    else:
+        model.__dict__.pop("generate", None)
+
+
+def _generate_by_row(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    state = state_of(model)
+    state.repeats_rows = True
+    try:
+        return cast(Any, type(model)).generate(model, *args, **kwargs)
+    finally:
+        state.repeats_rows = False
+
+
+def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+    """The forward hook: the module's output as the adapters in force change it."""
+    adapters = cast(Adapters, module._modules[ADAPTERS])
+    routing = adapters.state.routing_now(module.training)
+    if routing is None:
+        return None
+    if not torch.compiler.is_compiling():
+        adapters.acted.update(routing.used)
+    x = args[0] if args else next(iter(kwargs.values()))
+    if routing.rows_B is not None:
+        return _on_rows(adapters, routing, x, y)
+    if routing.weights_N is not None:
+        return _mixed(adapters, routing, x, y)
+    return through(adapters, routing.names[0], x, y)
+
+
+def through(adapters: Adapters, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """The output through all deltas of one adapter at this module."""
+    for delta in adapters.deltas(name):
+        y = delta.act(x, y)
+    return y
+
+
+def _mixed(adapters: Adapters, routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+    assert routing.weights_N is not None
+    weights = routing.weights_N.to(y.device, y.dtype)
+    changes = [weight * (through(adapters, name, x, y) - y) for name, weight in zip(routing.names, weights, strict=True)]
+    return y + torch.stack(changes).sum(0)
+
+
+def _on_rows(adapters: Adapters, routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+    rows_B = _fit_rows(adapters.state, cast(Tensor, routing.rows_B).to(y.device), y)
+    for deltas in adapters.at_slots(routing.names).values():
+        y = act_on_rows(deltas, rows_B, x, y)
+    return y
+
+
+def _fit_rows(state: State, rows_B: Tensor, y: Tensor) -> Tensor:
+    size, have = y.shape[0], rows_B.shape[0]
+    if size == have:
+        return rows_B
+    if state.repeats_rows and size % have == 0:
+        return rows_B.repeat_interleave(size // have)
+    raise BadRouting(
+        f"use(model, [...]) names {have} rows but a layer's input has {size}; give one name a row (None for the base)"
+    )
+
+
+def hook(module: nn.Module) -> None:
+    """Let the adapters act on a module; hooking twice is hooking once."""
+    if adapt not in module._forward_hooks.values():
+        module.register_forward_hook(adapt, with_kwargs=True)
+
+
+def unhook(modules: Iterable[nn.Module]) -> None:
+    """Take the hook off: the modules run the base's own code again."""
+    for module in modules:
+        for number in [number for number, found in module._forward_hooks.items() if found is adapt]:
+            del module._forward_hooks[number]
+            module._forward_hooks_with_kwargs.pop(number, None)

@@ -1,0 +1,218 @@
+"""What is attached to a model, kept on the model object itself: no globals, no thread-locals.
+
+The root module holds one `State`; every adapted module holds an `Adapters` child that points to it, so that
+`copy.deepcopy` and `pickle` carry both along.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.delta import Delta
+from lorakit.core.plan import Plan
+from lorakit.core.sites import ADAPTERS
+from lorakit.errors import BadState, NoSuchAdapter, nearest
+
+if TYPE_CHECKING:
+    from lorakit.core.method import Method
+
+_ATTRIBUTE = "_lorakit"
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which adapters act on which rows.
+
+    One adapter for the whole batch (`names` alone), a weighted mixture (`weights_N` beside `names`), or one adapter a
+    row: `rows_B` numbers the entry of `names` for each row, -1 for the base; `used` are the names that stand in rows.
+    """
+
+    names: tuple[str, ...]
+    used: tuple[str, ...]
+    weights_N: Tensor | None = None
+    rows_B: Tensor | None = None
+
+
+@dataclass
+class Attached:
+    """One attached adapter: the method that made it and the plan it was resolved to."""
+
+    method: Method
+    plan: Plan
+    trainable: bool
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """Everything that lorakit knows about one model."""
+
+    attached: dict[str, Attached] = field(default_factory=dict)
+    routing: Routing | None = None
+    required_grad: dict[str, bool] = field(default_factory=dict)  # the base's flags before the first attach
+    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module path -> its weights, while merged
+    merged: str = ""  # what is merged, in words
+    ignored_on_save: Any = None  # the model's own list, before ours was added
+    repeats_rows: bool = False  # inside `generate`, which repeats each row for its beams
+    owner: int | None = None  # the thread whose `with use(...)` is open
+    pending: list[Routing | None] = field(default_factory=list)  # routings of training forwards since a recomputation
+    recomputed: bool = False
+
+    def routing_now(self, training: bool) -> Routing | None:
+        """The routing for this call; a recomputed forward gets the one that it first ran with.
+
+        Gradient checkpointing runs a forward again inside `backward`, when another `use` may be in force. Training
+        forwards are noted; if they all had one routing, the recomputation uses it, otherwise it raises.
+        """
+        if torch.compiler.is_compiling():
+            return self.routing
+        if torch._C._current_graph_task_id() == -1:
+            if training:
+                self._note()
+            return self.routing
+        self.recomputed = True
+        if len(self.pending) > 1:
+            raise BadState(
+                "gradient checkpointing recomputes forwards that ran under different adapters; call backward() "
+                "before the next use(...), or put the adapters in one batch with use(model, [row, row, ...])"
+            )
+        return self.pending[0] if self.pending else self.routing
+
+    def _note(self) -> None:
+        if self.recomputed:
+            self.recomputed, self.pending = False, []
+        if len(self.pending) < 2 and all(noted is not self.routing for noted in self.pending):
+            self.pending.append(self.routing)
+
+
+class Adapters(nn.Module):
+    """The child of an adapted module that holds its deltas: adapter -> slot -> delta."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.state = state
+        self.acted: set[str] = set()
+
+    def deltas(self, name: str) -> list[Delta]:
+        """The deltas of one adapter here, in order; none if it does not touch this module."""
+        slots = self._modules.get(key_of(name))
+        return [] if slots is None else cast(list[Delta], list(slots.children()))
+
+    def at_slots(self, names: tuple[str, ...]) -> dict[str, list[Delta | None]]:
+        """For each slot that any of the adapters uses here, their deltas in the order of `names`."""
+        children = [self._modules.get(key_of(name)) for name in names]
+        slots = dict.fromkeys(slot for child in children if child is not None for slot in child._modules)
+        found = {slot: [None if c is None else c._modules.get(slot) for c in children] for slot in slots}
+        return cast(dict[str, list[Delta | None]], found)
+
+    def add(self, name: str, delta: Delta) -> None:
+        """Put a delta into its slot."""
+        key = key_of(name)
+        if key not in self._modules:
+            self.add_module(key, nn.ModuleDict())
+        cast(nn.ModuleDict, self._modules[key])[delta.placement.slot] = delta
+
+    def remove(self, name: str) -> None:
+        """Drop all deltas of one adapter."""
+        self._modules.pop(key_of(name), None)
+        self.acted.discard(name)
+
+
+def key_of(name: str) -> str:
+    """Encode any adapter name as a module name (no dots, no clash with a method of `nn.Module`).
+
+    >>> key_of("reviews"), key_of("v1.2"), key_of("train")
+    ('reviews', 'v1%2E2', 'train%')
+    """
+    key = quote(name, safe=" ").replace(".", "%2E")
+    return f"{key}%" if hasattr(Adapters, key) or key in ("training", "state", "acted") else key
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's state.
+
+    Raises:
+        BadState: nothing is attached to this model object.
+    """
+    state = model.__dict__.get(_ATTRIBUTE)
+    if state is None:
+        raise BadState(f"no adapter is attached to this {type(model).__name__}; call attach(model, method) or load first")
+    return cast(State, state)
+
+
+def state_or_new(model: nn.Module) -> State:
+    """The model's state, or a fresh one that is not yet on the model."""
+    return cast(State, model.__dict__.get(_ATTRIBUTE) or State())
+
+
+def set_state(model: nn.Module, state: State | None) -> None:
+    """Put the state on the model, or take it off."""
+    if state is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = state
+
+
+def attached_to(model: nn.Module, name: str) -> Attached:
+    """The record of one adapter.
+
+    Raises:
+        NoSuchAdapter: no adapter of that name; the message gives the names there are.
+    """
+    state = state_of(model)
+    if name not in state.attached:
+        raise NoSuchAdapter(f"no adapter is called {name!r}; {nearest(name, state.attached)}")
+    return state.attached[name]
+
+
+def adapters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
+    """Every adapted module: its path, itself, and what is attached to it."""
+    for path, module in model.named_modules():
+        child = module._modules.get(ADAPTERS)
+        if isinstance(child, Adapters):
+            yield path, module, child
+
+
+def deltas_of(model: nn.Module, name: str) -> list[Delta]:
+    """All deltas of one adapter, in the order of its plan."""
+    plan = attached_to(model, name).plan
+    order = {(placement.path, placement.slot): number for number, placement in enumerate(plan)}
+    found = [delta for _, _, adapters in adapters_of(model) for delta in adapters.deltas(name)]
+    return sorted(found, key=lambda delta: order[delta.placement.path, delta.placement.slot])
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters by `<module path>.<slot>.<parameter>`, in the order of its plan (live tensors)."""
+    return {
+        f"{delta.placement.path}.{delta.placement.slot}.{key}": parameter
+        for delta in deltas_of(model, name)
+        for key, parameter in delta.named_parameters()
+    }
+
+
+def idle(model: nn.Module, name: str) -> list[str]:
+    """Paths of the modules whose delta of this adapter has not acted since it was attached."""
+    attached_to(model, name)
+    return [path for path, _, adapters in adapters_of(model) if adapters.deltas(name) and name not in adapters.acted]
+
+
+def require_unmerged(state: State, verb: str) -> None:
+    """Refuse `verb` while an adapter is merged."""
+    if state.merged:
+        raise BadState(f"{verb} is not possible while {state.merged} is merged; call unmerge(model) first")
+
+
+def claim(state: State) -> None:
+    """Refuse a second thread while a `with use(...)` of another is open."""
+    if state.owner not in (None, threading.get_ident()):
+        raise BadState("another thread has this model in a `with use(...)` block; give each thread a model of its own")
+
+
+ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]

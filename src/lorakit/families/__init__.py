@@ -1,0 +1,1 @@
+"""One record a model family: under which module names the roles live."""

@@ -1,0 +1,22 @@
+"""GPT-2: transposed `Conv1D` layers; q, k and v are thirds of the fused `c_attn`."""
+
+from lorakit.core.sites import Family, Part
+
+FAMILY = Family(
+    model_types=("gpt2",),
+    block="h.*",
+    inside={
+        "attn": "attn",
+        "attn.q": Part("attn.c_attn", 0, 3),
+        "attn.k": Part("attn.c_attn", 1, 3),
+        "attn.v": Part("attn.c_attn", 2, 3),
+        "attn.qkv": "attn.c_attn",
+        "attn.o": "attn.c_proj",
+        "mlp": "mlp",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+        "norm.attn": "ln_1",
+        "norm.mlp": "ln_2",
+    },
+    outside={"embed": "wte", "head": "lm_head"},
+)

@@ -1,0 +1,22 @@
+"""Llama and the models that share its module names (Mistral, Qwen2, Qwen3, SmolLM)."""
+
+from lorakit.core.sites import Family
+
+FAMILY = Family(
+    model_types=("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"),
+    block="layers.*",
+    inside={
+        "attn": "self_attn",
+        "attn.q": "self_attn.q_proj",
+        "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj",
+        "attn.o": "self_attn.o_proj",
+        "mlp": "mlp",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.up": "mlp.up_proj",
+        "mlp.down": "mlp.down_proj",
+        "norm.attn": "input_layernorm",
+        "norm.mlp": "post_attention_layernorm",
+    },
+    outside={"embed": "embed_tokens", "head": "lm_head"},
+)

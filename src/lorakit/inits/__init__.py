@@ -1,0 +1,1 @@
+"""Initialisations of low-rank factors, one file each: `init(in_features, out_features, rank) -> (A, B)`."""

@@ -1,0 +1,19 @@
+"""loralib's initialisation: A uniform on ±1/sqrt(in) (Kaiming with a = sqrt 5), B zero."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def init(in_features: int, out_features: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) from U(-1/sqrt(in), 1/sqrt(in)), B (out, rank) zero, both float32.
+
+    >>> a_RI, b_OR = init(4, 6, rank=2)
+    >>> bool(a_RI.abs().max() <= 0.5), float(b_OR.abs().sum())
+    (True, 0.0)
+    """
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound), torch.zeros(out_features, rank)

@@ -1,0 +1,202 @@
+"""LoRA in PEFT's words: the fields of `adapter_config.json` and the names and shapes of its tensors.
+
+Ranks and scales are written without ambiguity: `r` and `lora_alpha` are the commonest values, and every other layer has a
+pattern of its own that is its escaped full path, so the order of patterns cannot matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.core.layouts import Conv1DLayout, Conv2dLayout, Layout
+from lorakit.core.plan import Placement
+from lorakit.core.sites import is_tail, modules_of
+from lorakit.errors import BadAdapterFile
+
+log = logging.getLogger("lorakit")
+A_NAMES, B_NAMES = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
+UNREADABLE = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias on lora_B",
+    "target_parameters": "target_parameters",
+    "layer_replication": "layer_replication",
+    "trainable_token_indices": "trainable_token_indices",
+    "use_qalora": "QA-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow routing",
+    "use_bdlora": "block-diagonal LoRA",
+}
+
+
+class Pair(Protocol):
+    """What this file needs to know of a low-rank delta: A (R, in), B (out, R) and where they act."""
+
+    placement: Placement
+    layout: Layout
+    A: nn.Parameter
+    B: nn.Parameter
+
+
+def write(deltas: Sequence[Pair], *, rooted: bool, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config's fields and the tensors; `rooted` scales by alpha / sqrt(r)."""
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, group in _by_path(deltas):
+        a_RI, b_OR = _block(group)
+        ranks[path] = a_RI.shape[0]
+        share = ranks[path] / group[0].placement.rank
+        alphas[path] = group[0].placement.alpha * (math.sqrt(share) if rooted else share)
+        tensors |= _named(path, group[0].layout, a_RI, b_OR)
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
+    config = {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "target_modules": list(ranks),
+        "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(path): _plain(a) for path, a in alphas.items() if a != alpha},
+        "fan_in_fan_out": any(isinstance(delta.layout, Conv1DLayout) for delta in deltas),
+        "init_lora_weights": True,
+        "use_dora": False,
+    }
+    return config | dict(extra), tensors
+
+
+def _by_path(deltas: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
+    ordered = sorted(deltas, key=lambda delta: delta.placement.path)  # stable: slices keep the plan's order
+    for path, group in groupby(ordered, key=lambda delta: delta.placement.path):
+        yield path, list(group)
+
+
+def _block(group: list[Pair]) -> tuple[Tensor, Tensor]:
+    """One A and B for all slices of a layer: A stacked, B block by block, scales brought to the first one's."""
+    first = group[0]
+    if len(group) == 1 and first.placement.slice is None:
+        return first.A.detach(), first.B.detach()
+    rank = sum(delta.placement.rank for delta in group)
+    b_OR, at = first.B.new_zeros(first.layout.out_features, rank).detach(), 0
+    for delta in group:
+        end, columns = at + delta.placement.rank, b_OR[:, at : at + delta.placement.rank]
+        ratio = delta.placement.scale / first.placement.scale if first.placement.scale else 1.0
+        part = delta.placement.slice
+        new = delta.B.detach() * ratio if ratio != 1.0 else delta.B.detach()
+        b_OR[:, at:end] = new if part is None else part.put(columns, new, 0)
+        at = end
+    return torch.cat([delta.A.detach() for delta in group]), b_OR
+
+
+def _named(path: str, layout: Layout, a_RI: Tensor, b_OR: Tensor) -> dict[str, Tensor]:
+    if layout.lookup:
+        return {f"{path}.lora_embedding_A": a_RI, f"{path}.lora_embedding_B": b_OR}
+    if isinstance(layout, Conv2dLayout):
+        a_RI, b_OR = a_RI.reshape(-1, layout.channels, *layout.kernel), b_OR[:, :, None, None]
+    return {f"{path}.lora_A.weight": a_RI, f"{path}.lora_B.weight": b_OR}
+
+
+def _commonest(values: Any, default: Any) -> Any:
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else default
+
+
+def _plain(number: float) -> float | int:
+    return int(number) if float(number).is_integer() else number
+
+
+def read(deltas: Sequence[Pair], tensors: dict[str, Tensor]) -> list[str]:
+    """Copy A and B into the deltas, splitting blocks into slices; used tensors leave `tensors`; faults come back."""
+    faults: list[str] = []
+    for path, group in _by_path(deltas):
+        want = _named(path, group[0].layout, *_block(group))
+        found = {name: tensors.pop(name, None) for name in want}
+        for name, tensor in found.items():
+            if tensor is None:
+                faults.append(f"{name} is missing")
+            elif tensor.shape != want[name].shape:
+                faults.append(f"{name} has shape {tuple(tensor.shape)}, the model needs {tuple(want[name].shape)}")
+        if not faults:
+            a_RI, b_OR = (tensor.flatten(1) for tensor in found.values() if tensor is not None)
+            _copy(group, a_RI, b_OR)
+    return faults
+
+
+@torch.no_grad()
+def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
+    first, at = group[0], 0
+    for delta in group:
+        rows = slice(at, at + delta.placement.rank)
+        ratio = delta.placement.scale / first.placement.scale if first.placement.scale else 1.0
+        part, block = delta.placement.slice, b_OR[:, rows]
+        own = block if part is None else part.take(block, 0)
+        delta.A.copy_(a_RI[rows])
+        delta.B.copy_(own / ratio if ratio != 1.0 else own)
+        at = rows.stop
+
+
+def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
+    """LoRA's fields from a PEFT config and the tensors beside it."""
+    faults = [f"it uses {words}, which lorakit's LoRA cannot read" for key, words in UNREADABLE.items() if config.get(key)]
+    ranks = {name[: -len(end)]: t.shape[0] for name, t in tensors.items() for end in A_NAMES if name.endswith(end)}
+    if not ranks:
+        faults.append("it has no LoRA tensors")
+    alphas = {path: _alpha(config, path, rank, faults) for path, rank in ranks.items()}
+    if faults:
+        raise BadAdapterFile("the PEFT adapter", faults)
+    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
+    return {
+        "rank": rank,
+        "alpha": float(alpha),
+        "targets": _targets(config.get("target_modules"), set(ranks), model),
+        "ranks": {path: r for path, r in ranks.items() if r != rank},
+        "alphas": {path: float(a) for path, a in alphas.items() if a != alpha},
+        "scaling": "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "bias": config.get("bias") or "none",
+        "train": tuple(m for m in config.get("modules_to_save") or () if _is_saved(m, tensors)),
+    }
+
+
+def _alpha(config: Mapping[str, Any], path: str, rank: int, faults: list[str]) -> float:
+    """The alpha of one layer: PEFT takes the first matching pattern, after sorting them on save.
+
+    The sorting loses the author's order, so the rank that a pattern gives is checked against the tensor: where the first
+    match is wrong, the matching pattern of the right rank is the author's, for alpha too.
+    """
+    rank_patterns, alpha_patterns = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    matched = [key for key in rank_patterns if _matches(key, path)]
+    default = float(config.get("lora_alpha") or 8)
+    first = next((float(a) for key, a in alpha_patterns.items() if _matches(key, path)), default)
+    expected = rank_patterns[matched[0]] if matched else config.get("r", rank)
+    if expected == rank:
+        return first
+    fitting = [key for key in matched if rank_patterns[key] == rank]
+    if not fitting:
+        faults.append(f"{path} has rank {rank}, but the config says {expected}")
+        return first
+    log.warning("rank_pattern of %s was reordered by PEFT; rank %d of its tensors decides", path, rank)
+    return float(alpha_patterns.get(fitting[0], first))
+
+
+def _matches(key: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _is_saved(module: str, tensors: Mapping[str, Tensor]) -> bool:
+    return any(is_tail(name, f"{module}.weight") or f".{module}." in f".{name}" for name in tensors)
+
+
+def _targets(given: Any, paths: set[str], model: nn.Module) -> tuple[str, ...]:
+    """The config's own short target names where they mean exactly the layers in the file, otherwise full paths."""
+    if isinstance(given, list):
+        meant = {path for path, _ in modules_of(model) for target in given if path == target or path.endswith(f".{target}")}
+        if meant == paths:
+            return tuple(sorted(given))
+    return tuple(sorted(paths))
