@@ -131,10 +131,10 @@ def _leave_out_on_save(model: nn.Module, state: State) -> None:
     """`save_pretrained` writes the base alone."""
     if not hasattr(type(model), _IGNORED):
         return
-    if state.ignored_on_save is None:
-        state.ignored_on_save = list(getattr(model, _IGNORED) or [])
-    ours = [key for key in model.state_dict() if ADAPTERS in key.split(".")]
-    model.__dict__[_IGNORED] = [*state.ignored_on_save, *ours]
+    if len(state.attached) == 1:
+        state.attributes = {key: value for key, value in vars(model).items() if key == _IGNORED}
+    theirs = state.attributes.get(_IGNORED, getattr(type(model), _IGNORED)) or []
+    model.__dict__[_IGNORED] = [*theirs, *(key for key in model.state_dict() if ADAPTERS in key.split("."))]
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -173,7 +173,7 @@ def _forget(model: nn.Module, state: State) -> None:
     for path, flag in state.required_grad.items():
         model.get_parameter(path).requires_grad_(flag)
     model.__dict__.pop(_IGNORED, None)
-    model.__dict__.pop("generate", None)
+    model.__dict__.update(state.attributes)
     set_state(model, None)
 
 

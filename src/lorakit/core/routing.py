@@ -127,12 +127,11 @@ def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: T
         return _on_rows(adapters, routing, x, y)
     if routing.weights_N is not None:
         return _mixed(adapters, routing, x, y)
-    return through(adapters, routing.names[0], x, y)
+    return _through(adapters, routing.keys[0], x, y)
 
 
-def through(adapters: Adapters, name: str, x: Tensor, y: Tensor) -> Tensor:
-    """The output through all deltas of one adapter at this module."""
-    for delta in adapters.deltas(name):
+def _through(adapters: Adapters, key: str, x: Tensor, y: Tensor) -> Tensor:
+    for delta in adapters.at(key):
         y = delta.act(x, y)
     return y
 
@@ -140,13 +139,13 @@ def through(adapters: Adapters, name: str, x: Tensor, y: Tensor) -> Tensor:
 def _mixed(adapters: Adapters, routing: Routing, x: Tensor, y: Tensor) -> Tensor:
     assert routing.weights_N is not None
     weights = routing.weights_N.to(y.device, y.dtype)
-    changes = [weight * (through(adapters, name, x, y) - y) for name, weight in zip(routing.names, weights, strict=True)]
+    changes = [weight * (_through(adapters, key, x, y) - y) for key, weight in zip(routing.keys, weights, strict=True)]
     return y + torch.stack(changes).sum(0)
 
 
 def _on_rows(adapters: Adapters, routing: Routing, x: Tensor, y: Tensor) -> Tensor:
     rows_B = _fit_rows(adapters.state, cast(Tensor, routing.rows_B).to(y.device), y)
-    for deltas in adapters.at_slots(routing.names).values():
+    for deltas in adapters.at_slots(routing.keys).values():
         y = act_on_rows(deltas, rows_B, x, y)
     return y
 

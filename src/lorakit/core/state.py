@@ -38,6 +38,10 @@ class Routing:
     used: tuple[str, ...]
     weights_N: Tensor | None = None
     rows_B: Tensor | None = None
+    keys: tuple[str, ...] = field(init=False)  # the names as module names, computed once
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", tuple(key_of(name) for name in self.names))
 
 
 @dataclass
@@ -59,7 +63,7 @@ class State:
     required_grad: dict[str, bool] = field(default_factory=dict)  # the base's flags before the first attach
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module path -> its weights, while merged
     merged: str = ""  # what is merged, in words
-    ignored_on_save: Any = None  # the model's own list, before ours was added
+    attributes: dict[str, Any] = field(default_factory=dict)  # the model's own, where ours stand in for them
     repeats_rows: bool = False  # inside `generate`, which repeats each row for its beams
     owner: int | None = None  # the thread whose `with use(...)` is open
     pending: list[Routing | None] = field(default_factory=list)  # routings of training forwards since a recomputation
@@ -102,12 +106,16 @@ class Adapters(nn.Module):
 
     def deltas(self, name: str) -> list[Delta]:
         """The deltas of one adapter here, in order; none if it does not touch this module."""
-        slots = self._modules.get(key_of(name))
-        return [] if slots is None else cast(list[Delta], list(slots.children()))
+        return self.at(key_of(name))
 
-    def at_slots(self, names: tuple[str, ...]) -> dict[str, list[Delta | None]]:
-        """For each slot that any of the adapters uses here, their deltas in the order of `names`."""
-        children = [self._modules.get(key_of(name)) for name in names]
+    def at(self, key: str) -> list[Delta]:
+        """`deltas`, by the name's encoded form."""
+        slots = self._modules.get(key)
+        return [] if slots is None else cast(list[Delta], list(slots._modules.values()))
+
+    def at_slots(self, keys: tuple[str, ...]) -> dict[str, list[Delta | None]]:
+        """For each slot that any of the adapters uses here, their deltas in the order of `keys`."""
+        children = [self._modules.get(key) for key in keys]
         slots = dict.fromkeys(slot for child in children if child is not None for slot in child._modules)
         found = {slot: [None if c is None else c._modules.get(slot) for c in children] for slot in slots}
         return cast(dict[str, list[Delta | None]], found)

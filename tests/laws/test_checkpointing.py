@@ -1,0 +1,81 @@
+"""Gradient checkpointing: a recomputed forward runs under the routing it first ran with, or backward raises."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.errors import BadState
+from tests.laws.cases import FAMILIES, adapted, close, output
+
+ROUTINGS = {"none": None, "one": "a", "rows": ["a", None, "b"], "mixture": {"a": 0.5, "b": 0.5}}
+reentrant = pytest.mark.parametrize("reentrant", [False, True])
+
+
+def _model(family: str, *, checkpointed: bool, reentrant: bool = False):
+    model = adapted(family, "lora-linear", torch.float32, "a", "b").train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    return model
+
+
+def _gradients(model) -> list[torch.Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in lk.parameters(model)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@reentrant
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", ROUTINGS.values(), ids=ROUTINGS)
+@pytest.mark.parametrize("backward", ["inside", "outside", "after another"])
+def test_gradients_are_those_without_checkpointing(family: str, what: object, backward: str, reentrant: bool) -> None:
+    if what is None:
+        what = "b" if backward == "inside" else ["b", "b", None]  # the base alone has no gradients
+    torch.manual_seed(0)
+    plain = _model(family, checkpointed=False)
+    torch.manual_seed(0)
+    model = _model(family, checkpointed=True, reentrant=reentrant)
+    with lk.use(plain, what):
+        output(plain).pow(2).mean().backward()
+    with lk.use(model, what):
+        loss = output(model).pow(2).mean()
+        if backward == "inside":
+            loss.backward()
+    with lk.use(model, "a") if backward == "after another" else contextlib.nullcontext():
+        if backward != "inside":
+            loss.backward()
+    assert any(gradient.abs().sum() > 0 for gradient in _gradients(plain))
+    for one, other in zip(_gradients(model), _gradients(plain), strict=True):
+        assert torch.equal(one, other) or close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@reentrant
+def test_two_routings_awaiting_backward_raise_rather_than_mix(reentrant: bool) -> None:
+    model = _model("llama", checkpointed=True, reentrant=reentrant)
+    with lk.use(model, "a"):
+        first = output(model).pow(2).mean()
+    with lk.use(model, "b"):
+        second = output(model).pow(2).mean()
+    with pytest.raises(BadState, match="backward"):
+        (first + second).backward()
+    with lk.use(model, "a"):  # and the next step is well again
+        output(model).pow(2).mean().backward()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_in_turn_train_under_checkpointing() -> None:
+    model, plain = _model("llama", checkpointed=True), None
+    torch.manual_seed(0)
+    plain = _model("llama", checkpointed=False)
+    plain.load_state_dict(model.state_dict())
+    for name in ("a", "b", "a"):
+        for each in (model, plain):
+            with lk.use(each, name):
+                output(each).pow(2).mean().backward()
+    for one, other in zip(_gradients(model), _gradients(plain), strict=True):
+        assert close(one, other)

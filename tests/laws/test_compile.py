@@ -1,0 +1,51 @@
+"""Adapters run inside `torch.compile(fullgraph=True)`, and another assignment of rows compiles nothing again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import lorakit as lk
+from tests.laws.cases import adapted, close, output
+from tests.tiny import tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("what", [None, "a", ["a", None, "b"], {"a": 0.5, "b": 0.5}], ids=["none", "one", "rows", "mixture"])
+def test_compiled_equals_eager(family: str, what: object) -> None:
+    torch._dynamo.reset()
+    model = adapted(family, "lora", torch.float32, "a", "b")
+    with lk.use(model, what), torch.no_grad():
+        expected = output(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert close(compiled(tokens(model))[0], expected)
+
+
+def test_twenty_assignments_of_rows_compile_once() -> None:
+    torch._dynamo.reset()
+    model, graphs = adapted("llama", "lora", torch.float32, "a", "b"), []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=counting)
+    choice = random.Random(0)
+    for _ in range(20):
+        with lk.use(model, choice.choices(["a", "b", None], k=3)), torch.no_grad():
+            assert close(compiled(tokens(model))[0], output(model))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_model_trains() -> None:
+    torch._dynamo.reset()
+    model = adapted("llama", "lora").train()
+    output(model).pow(2).mean().backward()
+    expected = [p.grad.clone() for p in lk.parameters(model)]
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(tokens(model))[0].pow(2).mean().backward()
+    for one, other in zip(lk.parameters(model), expected, strict=True):
+        assert close(one.grad, other, 1e-4)

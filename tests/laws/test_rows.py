@@ -1,0 +1,110 @@
+"""Several adapters in one batch: each row is as if it were alone."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit.errors import BadRouting, BadState
+from tests.laws.cases import adapted, close, every_case, method_named, output, scramble
+from tests.tiny import tiny, tokens
+
+
+@every_case
+def test_rows_of_a_mixed_batch_equal_each_alone(family: str, method: str) -> None:
+    model = adapted(family, method, torch.float32, "a", "b")
+    lk.attach(model, lk.LoRA(rank=3, targets="mlp.down"), name="c")
+    scramble(model, "c", seed=5)
+    rows = ["b", None, "a", "c", "b"]
+    ids = tokens(model, rows=len(rows))
+    with lk.use(model, rows):
+        mixed = output(model, ids)
+    for number, name in enumerate(rows):
+        with lk.use(model, name):
+            assert close(mixed[number], output(model, ids)[number])
+
+
+def test_rows_may_use_different_heads() -> None:
+    model = tiny("bert", labels=3)
+    for number, name in enumerate("ab"):
+        lk.attach(model, lk.LoRA(rank=2, train="classifier"), name=name)
+        scramble(model, name, seed=number)
+    ids = tokens(model)
+    with lk.use(model, ["a", None, "b"]):
+        mixed = model(ids).logits
+    for number, name in enumerate(("a", None, "b")):
+        with lk.use(model, name):
+            assert close(mixed[number], model(ids).logits[number])
+
+
+def test_gradients_of_a_mixed_batch_reach_each_adapter_from_its_rows_alone() -> None:
+    model = adapted("llama", "lora-linear", torch.float32, "a", "b").train()
+    ids = tokens(model)
+    with lk.use(model, ["a", "b", None]):
+        output(model, ids).pow(2).sum().backward()
+    together = [p.grad.clone() for p in lk.parameters(model, "a")]
+    model.zero_grad()
+    with lk.use(model, "a"):
+        output(model, ids[:1]).pow(2).sum().backward()
+    for one, alone in zip(together, lk.parameters(model, "a"), strict=True):
+        assert close(one, alone.grad, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("extra", [dict(num_beams=3), dict(num_return_sequences=2, do_sample=True)])
+def test_generate_repeats_the_rows_for_beams_and_sequences(family: str, extra: dict) -> None:
+    model = adapted(family, "lora", torch.float32, "a", "b")
+    ids, settings = tokens(model, rows=2), dict(max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+    if "num_beams" in extra:
+        with lk.use(model, ["a", "b"]):
+            mixed = model.generate(ids, **settings, **extra)
+        for number, name in enumerate("ab"):
+            with lk.use(model, name):
+                assert torch.equal(mixed[number], model.generate(ids[number : number + 1], **settings, **extra)[0])
+    else:
+        with lk.use(model, ["a", "b"]):
+            assert model.generate(ids, **settings, **extra).shape[0] == 4
+    assert "generate" not in vars(model)
+
+
+def test_a_batch_of_another_size_is_refused() -> None:
+    model = adapted("llama", "lora", torch.float32, "a", "b")
+    for rows in (["a", "b"], ["a"] * 4, ["a"]):
+        with lk.use(model, rows), pytest.raises(BadRouting, match=r"names \d rows"):
+            output(model, tokens(model, rows=3 if len(rows) != 1 else 2))
+    with lk.use(model, ["a", "b"]), pytest.raises(BadRouting):
+        output(model, tokens(model, rows=4))
+    with pytest.raises(BadRouting, match="at least one"):
+        lk.use(model, [])
+
+
+def test_a_second_thread_is_refused_while_the_model_is_in_use() -> None:
+    model, caught = adapted("llama", "lora"), []
+
+    def other() -> None:
+        try:
+            lk.use(model, None)
+        except BadState as error:
+            caught.append(error)
+
+    with lk.use(model, "a"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "another thread" in str(caught[0])
+    lk.use(model, None)
+
+
+def test_a_method_that_cannot_be_routed_says_so() -> None:
+    model = adapted("llama", "lora", torch.float32, "a", "b")
+    kind = type(next(d for d in model.modules() if hasattr(d, "placement")))
+    kind.per_row = False
+    try:
+        with lk.use(model, ["a", "b", None]), pytest.raises(BadRouting, match="one batch"):
+            output(model)
+    finally:
+        kind.per_row = True
+    assert method_named("lora") == lk.LoRA()
