@@ -167,7 +167,7 @@ def load(
     """
     folder = Path(folder)
     config, header, tensors = read(folder)
-    record, tensors = _described(model, folder, config, header, tensors, any_base=any_base)
+    record, tensors = described(model, folder, config, header, tensors, any_base=any_base)
     record.trainable = trainable
     with torch.random.fork_rng(devices=[]):
         deltas = list(new_deltas(model, record.method, record.plan))
@@ -220,7 +220,7 @@ def _bare(key: str) -> str:
     return key.replace("_orig_mod.", "").removeprefix(PREFIX)
 
 
-def _described(
+def described(
     model: nn.Module,
     folder: Path,
     config: Mapping[str, Any],

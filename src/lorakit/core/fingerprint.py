@@ -14,10 +14,13 @@ TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same 
 
 
 def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
-    """The model's class, and shape and sampled bf16 values of the weight at each path, as JSON values."""
-    weights = {path: weight for path in sorted(set(paths)) if (weight := _weight(model, path)) is not None}
+    """The model's class and number of labels, and shape and sampled bf16 values of the weight at each path, as JSON."""
+    found = {path: _weight(model, path) for path in sorted(set(paths))}
+    weights = {path: weight for path, weight in found.items() if weight is not None and not weight.is_meta}
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
     return {
         "architecture": type(model).__name__,
+        "labels": int(getattr(getattr(model, "config", None), "num_labels", 0)) if classifies else 0,
         "samples": {path: {"shape": list(w.shape), "bf16": _encode(_sample(w))} for path, w in weights.items()},
     }
 
@@ -31,7 +34,7 @@ def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
             continue
         if list(weight.shape) != sample["shape"]:
             faults.append(f"{path} has shape {tuple(weight.shape)} here and {tuple(sample['shape'])} in its base")
-        elif not _close(_sample(weight), _decode(sample["bf16"])):
+        elif not weight.is_meta and not same_values(sample, weight):
             other.append(path)
     if other:
         faults.append(
@@ -41,13 +44,17 @@ def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     return faults
 
 
+def same_values(sample: Mapping[str, Any], weight: Tensor) -> bool:
+    """Whether a weight has the values that were sampled, up to bf16's rounding."""
+    return list(weight.shape) == sample["shape"] and _close(_sample(weight), _decode(sample["bf16"]))
+
+
 def _weight(model: nn.Module, path: str) -> Tensor | None:
     try:
         weight = model.get_submodule(path)._parameters.get("weight")
     except AttributeError:
         return None
-    floating = weight is not None and weight.is_floating_point() and not weight.is_meta
-    return weight.detach() if floating and weight is not None else None
+    return weight.detach() if weight is not None and weight.is_floating_point() else None
 
 
 def _sample(weight: Tensor) -> Tensor:

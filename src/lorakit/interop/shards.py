@@ -1,0 +1,119 @@
+"""safetensors files read and written one tensor at a time, so that memory holds one tensor, not a file."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import BadModel
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHUNK = 1 << 22  # bytes copied at once
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a shard: where it lies and what it is."""
+
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # byte in the shard
+    size: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        if self.dtype not in DTYPES:
+            raise BadModel(f"{self.shard} holds a tensor of type {self.dtype}, which cannot be merged")
+        with self.shard.open("rb") as file:
+            file.seek(self.start)
+            data = bytearray(file.read(self.size))
+        flat = torch.frombuffer(data, dtype=DTYPES[self.dtype]) if data else torch.empty(0, dtype=DTYPES[self.dtype])
+        return flat.reshape(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The tensor's bytes, a few at a time."""
+        with self.shard.open("rb") as file:
+            file.seek(self.start)
+            for start in range(0, self.size, CHUNK):
+                yield file.read(min(CHUNK, self.size - start))
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names.
+
+    Raises:
+        BadModel: there are none, or one that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        named = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        absent = [name for name in named if not (folder / name).is_file()]
+        if absent:
+            raise BadModel(f"{folder} lacks the shard {absent[0]} that its index names")
+        return [folder / name for name in named]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise BadModel(f"{folder} holds no safetensors weights; save the model again with save_pretrained")
+
+
+def entries(shard: Path) -> dict[str, Entry]:
+    """Every tensor of a shard by name, in the order in which they lie there.
+
+    Raises:
+        BadModel: the file is damaged.
+    """
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {name: _entry(shard, 8 + length, told) for name, told in header.items()}
+        end = max((entry.start + entry.size for entry in found.values()), default=8 + length)
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise BadModel(f"{shard} is damaged ({error})") from error
+    if shard.stat().st_size < end:
+        raise BadModel(f"{shard} is damaged: it has {shard.stat().st_size} bytes instead of {end}")
+    return dict(sorted(found.items(), key=lambda item: item[1].start))
+
+
+def _entry(shard: Path, offset: int, told: Mapping[str, Any]) -> Entry:
+    start, end = told["data_offsets"]
+    return Entry(shard, told["dtype"], tuple(told["shape"]), offset + start, end - start)
+
+
+def write_header(file: BinaryIO, tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> None:
+    """Begin a safetensors file whose tensors (name, dtype, shape, bytes) follow in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, size in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    """Append a tensor's bytes."""
+    file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
