@@ -1,0 +1,44 @@
+"""Tables and sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lorakit.core.summary import size
+
+console = Console(highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; the first column is left-aligned, the others right-aligned."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(value if isinstance(value, str) else number_of(value) for value in row))
+    console.print(shown)
+
+
+def sides(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the measures of several sides beside each other."""
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
+    table(title, ["measure", *found], [[name, *(values.get(name, "") for values in found.values())] for name in names])
+
+
+def number_of(value: Any) -> str:
+    """A number as people write it.
+
+    >>> number_of(0.84375), number_of(460800), number_of(None)
+    ('0.844', '460,800', '')
+    """
+    if value is None:
+        return ""
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+__all__ = ["console", "number_of", "sides", "size", "table"]

@@ -1,0 +1,40 @@
+"""Let a base with an adapter write on from a prompt."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorakit.cli._adapter import loaded
+from lorakit.cli._show import console
+from lorakit.errors import LorakitError
+from lorakit.evaluate import compare, generate_texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to write on from."""
+
+    adapter: str = field(metadata={"positional": True})  # folder of the adapter
+    prompt: str | None = None  # the text to go on from; None: the lines of standard input
+    base: str | None = None  # the adapter's base; None: the one that it names
+    max_new_tokens: int = 64  # longest text that is written
+    temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn
+    seed: int = 0  # of the drawing
+    beside_base: bool = False  # show what the base writes, too
+
+
+def main(options: Options) -> None:
+    """Print what is written after each prompt."""
+    prompts = [options.prompt] if options.prompt else [line.rstrip("\n") for line in sys.stdin]
+    if not any(prompts):
+        raise LorakitError("there is no prompt; give --prompt, or lines on standard input")
+    model, tokenizer, name = loaded(Path(options.adapter), options.base)
+    told = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+    which = {"base": None, "adapter": name} if options.beside_base else {"adapter": name}
+    found = compare(model, which, lambda: generate_texts(model, tokenizer, prompts, **told))
+    for number, prompt in enumerate(prompts):
+        for side, texts in found.items():
+            lead = f"[{side}] " if options.beside_base else ""
+            console.print(f"{lead}{prompt}{texts[number]}", markup=False)

@@ -1,0 +1,37 @@
+"""Train an adapter on a base model and a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lorakit.cli._show import console, sides, size, table
+from lorakit.reproduce.run import Run, carry_out
+from lorakit.train import show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Run):
+    """A run, and whether it goes on from where one stopped."""
+
+    resume: bool = False  # go on from the newest checkpoint in --out
+
+
+def main(options: Options) -> None:
+    """Carry out the run and tell what came out."""
+    run = Run(**{field.name: getattr(options, field.name) for field in fields(Run)})
+    outcome = carry_out(run, resume=options.resume, wrap=show)
+    found = {side: outcome.results[side] for side in ("base", "adapter") if side in outcome.results}
+    if found:
+        sides(f"{run.base} on {len(outcome.data.test):,} test examples of {outcome.data.name}", found)
+    told = outcome.results
+    table(
+        "the run",
+        ["", ""],
+        [
+            ["trained parameters", told["trainable_parameters"]],
+            ["adapter file", f"{size(told['adapter_bytes'])} (the model: {size(told['model_bytes'])})"],
+            ["training", f"{told['steps']:,} steps, {told['train_seconds']:.0f} s, {told['tokens_per_second']} tokens/s"],
+        ],
+    )
+    console.print(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json")
+    console.print(f"try: lorakit generate {run.out} --prompt '...'    lorakit merge {run.out} --out {run.out}-merged")

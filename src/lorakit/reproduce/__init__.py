@@ -1,0 +1,1 @@
+"""Whole runs, from a declaration to results beside the adapter, that anyone can repeat."""
