@@ -1,0 +1,42 @@
+"""The setting in which a model is evaluated, and base and adapter side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lorakit.core.routing import What, use
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout; each module is put back into its own mode afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training
+
+
+def compare(model: nn.Module, sides: Mapping[str, What], measure: Callable[[], Result]) -> dict[str, Result]:
+    """Measure the model under each of several adapters.
+
+    Example:
+        ```python
+        compare(model, {"base": None, "adapter": "reviews"}, lambda: label_accuracy(model, tokenizer, examples, labels))
+        ```
+    """
+    found = {}
+    for side, what in sides.items():
+        with use(model, what):
+            found[side] = measure()
+    return found

@@ -1,0 +1,82 @@
+"""What a run reads: encoded examples, the order they come in, and how some of them become a batch.
+
+B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorakit.errors import BadData
+from lorakit.train.settings import Train
+
+
+class Encoded(Protocol):
+    """One example as token ids; those from `start` on are to be learned."""
+
+    ids: Sequence[int]
+    start: int
+    label: int | None
+
+
+class Batch(Protocol):
+    """Examples padded on the right."""
+
+    ids_BT: Tensor
+    attention_BT: Tensor  # 1 where there is a token, 0 where there is padding
+    labels_BT: Tensor  # the ids to be learned, not shifted; -100 elsewhere
+    classes_B: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Encoded examples, how they are ordered and how they are put together.
+
+    `order(lengths, batch_size, seed, epoch)` gives the examples' numbers batch by batch, `collate(examples, pad_id)`
+    makes a batch; `lorakit.data.batches` has both.
+    """
+
+    examples: Sequence[Any]  # Encoded
+    pad_id: int
+    collate: Callable[[Sequence[Any], int], Any]  # -> Batch
+    order: Callable[[Sequence[int], int, int, int], list[list[int]]]
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise BadData("there is nothing to train on: no example was given; check the data's training split")
+
+    def epoch(self, number: int, settings: Train) -> list[list[int]]:
+        """The numbers of the examples of each batch of one epoch."""
+        lengths = [len(example.ids) for example in self.examples]
+        return self.order(lengths, settings.batch_size, settings.seed, number)
+
+    def steps(self, settings: Train) -> int:
+        """How many optimiser steps the settings make of these examples."""
+        return settings.steps or math.ceil(settings.epochs * len(self.epoch(0, settings)) / settings.accumulate)
+
+    def plan(self, settings: Train, done: int) -> Iterator[list[list[int]]]:
+        """For each step after the first `done`: the numbers of the examples of each of its batches."""
+        endless = itertools.chain.from_iterable(self.epoch(number, settings) for number in itertools.count())
+        batches = itertools.islice(endless, done * settings.accumulate, None)
+        while True:
+            yield list(itertools.islice(batches, settings.accumulate))
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """The batch of these examples."""
+        return self.collate([self.examples[number] for number in numbers], self.pad_id)
+
+    def digest(self) -> str:
+        """A fingerprint of all examples, to tell whether a resumed run reads the same data."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            found.update(f"{len(example.ids)},{example.start},{example.label};".encode())
+            found.update(array("q", example.ids).tobytes())
+        return found.hexdigest()

@@ -1,0 +1,83 @@
+"""What a training run is told, and what it tells of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorakit.errors import LorakitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How to train: AdamW with a linear warm-up and a linear decay.
+
+    Raises:
+        LorakitError: values that cannot be trained with, all of them in one sentence.
+
+    Example:
+        >>> Train(epochs=3, learning_rate=5e-4).batch_size
+        16
+    """
+
+    steps: int | None = None  # optimiser steps; None: as many as the epochs make
+    epochs: float = 1.0  # passes over the examples, when `steps` is not given
+    batch_size: int = 16  # examples in one forward pass
+    accumulate: int = 1  # forward passes in one optimiser step
+    learning_rate: float = 1e-3  # at the end of the warm-up
+    warmup_share: float = 0.06  # part of the steps in which the learning rate rises from 0
+    weight_decay: float = 0.0  # AdamW's
+    clip_norm: float = 1.0  # longest gradient; 0 never clips
+    seed: int = 0  # governs data order and dropout
+    max_length: int = 512  # tokens of one example
+    checkpoint_every: int = 0  # steps between checkpoints; 0 writes one only when the run is interrupted
+    evaluate_every: int = 0  # steps between evaluations; 0 evaluates only after the last step
+
+    def __post_init__(self) -> None:
+        faults = [f"{name}={value!r} must be {wanted}" for name, value, wanted, ok in self._rules() if not ok]
+        if faults:
+            raise LorakitError(f"these settings cannot be trained with: {'; '.join(faults)}")
+
+    def _rules(self) -> list[tuple[str, object, str, bool]]:
+        counts = {"batch_size": self.batch_size, "accumulate": self.accumulate, "max_length": self.max_length}
+        intervals = {"checkpoint_every": self.checkpoint_every, "evaluate_every": self.evaluate_every}
+        amounts = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm, **intervals}
+        return [
+            ("steps", self.steps, "at least 1, or left out", self.steps is None or self.steps >= 1),
+            ("epochs", self.epochs, "above 0", self.epochs > 0),
+            ("learning_rate", self.learning_rate, "above 0", self.learning_rate > 0),
+            ("warmup_share", self.warmup_share, "from 0 to 1", 0 <= self.warmup_share <= 1),
+            *((name, value, "at least 1", value >= 1) for name, value in counts.items()),
+            *((name, value, "0 or more", value >= 0) for name, value in amounts.items()),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimiser step was: the loss is the mean over its labelled tokens (or classified examples)."""
+
+    step: int  # from 1
+    steps: int  # of the whole run
+    loss: float
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    tokens: int  # read by the model, padding not counted
+    seconds: float
+    evaluation: Mapping[str, float] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that the model read in a second of this step."""
+        return self.tokens / self.seconds
+
+
+def learning_rate(step: int, steps: int, settings: Train) -> float:
+    """The rate of step 1 <= s <= S with a warm-up of W steps: peak s/W, then peak (S - s + 1)/(S - W).
+
+    >>> [learning_rate(step, 6, Train(learning_rate=1.0, warmup_share=0.33)) for step in range(1, 7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    warmup_steps = round(settings.warmup_share * steps)
+    if step <= warmup_steps:
+        return settings.learning_rate * step / warmup_steps
+    return settings.learning_rate * (steps - step + 1) / (steps - warmup_steps)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit as lk
+from lorakit import train
+from lorakit.train import Train, loss
+from tests.tiny import tiny
+from tests.train.small import adapted, collate, examples, feed
+
+BATCH = collate(examples(6), 0)
+CAPPED = {"gemma2": {"head_dim": 8, "num_key_value_heads": 2}, "granite": {"logits_scaling": 4.0}}
+
+
+def gradients(model: Any, how: Any, total: int = 7) -> tuple[float, torch.Tensor]:
+    summed = how(model, BATCH, total)
+    found = torch.cat([p.grad.flatten() for p in lk.parameters(model) if p.grad is not None])
+    model.zero_grad()
+    return summed, found
+
+
+def moved(family: str, targets: tuple[str, ...] = ("attn.q", "attn.v"), **fields: Any) -> Any:
+    """A tiny model whose adapter is away from zero."""
+    model = tiny(family, **fields)
+    lk.attach(model, lk.LoRA(rank=2, targets=targets), name="a")
+    torch.manual_seed(0)
+    for parameter in lk.parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("head",), ("attn.q", "head")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_the_head_on_labelled_positions_gives_the_models_own_loss(
+    family: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_ROWS", 5)
+    model = moved(family, targets)
+    labelled = loss.count_labels(BATCH)
+    own = model(input_ids=BATCH.ids_BT, attention_mask=BATCH.attention_BT, labels=BATCH.labels_BT).loss
+    picked, whole = gradients(model, loss.picked_backward), gradients(model, loss.whole_backward)
+    assert picked[0] == pytest.approx(whole[0], rel=1e-5)
+    assert picked[0] / labelled == pytest.approx(own.item(), rel=1e-5)
+    torch.testing.assert_close(picked[1], whole[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_known_families_take_the_fast_loss(family: str) -> None:
+    assert loss.loss_for(tiny(family), BATCH).backward is loss.picked_backward
+
+
+@pytest.mark.parametrize("family", CAPPED)
+def test_a_model_that_changes_its_logits_takes_the_slow_loss_and_says_so(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = tiny_of(family)
+    with caplog.at_level(logging.WARNING):
+        assert loss.loss_for(model, BATCH).backward is loss.whole_backward
+    assert type(model).__name__ in caplog.text
+
+
+def tiny_of(family: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **sizes, num_attention_heads=4, **CAPPED[family])
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_bfloat16_model_trains() -> None:
+    model = adapted(dtype=torch.bfloat16)
+    steps = list(train.run(model, feed(), Train(steps=30, batch_size=20, learning_rate=2e-2), name="a"))
+    assert steps[-1].loss < 0.9 * steps[0].loss
