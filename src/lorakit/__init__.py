@@ -7,7 +7,7 @@ from lorakit.core.routing import use
 from lorakit.core.summary import summary
 from lorakit.errors import LorakitError
 from lorakit.methods import LoRA
-from lorakit.version import VERSION as __version__
+from lorakit.version import VERSION
 
 __all__ = [
     "LoRA",
@@ -22,3 +22,4 @@ __all__ = [
     "unmerge",
     "use",
 ]
+__version__ = VERSION

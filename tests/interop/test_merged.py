@@ -101,7 +101,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 def test_merging_needs_at_most_a_quarter_of_the_checkpoint_in_memory(tmp_path: Path) -> None:
     """The model has one shard only, so that no part of the checkpoint is small enough to be read whole."""
-    for name, size in (("small", dict()), ("", dict(hidden_size=512, intermediate_size=512, num_hidden_layers=24, initializer_range=0.02))):
+    for name, size in (
+        ("small", dict()),
+        ("", dict(hidden_size=512, intermediate_size=512, num_hidden_layers=24, initializer_range=0.02)),
+    ):
         model = tiny("llama", **size)
         model.save_pretrained(tmp_path / (name or "base"))
         lk.attach(model, lk.LoRA(rank=4, targets="linear"), name="a")

@@ -40,7 +40,9 @@ def method_named(name: str) -> Method:
     return (METHODS | VARIANTS)[name]
 
 
-def adapted(family: str, method: str, dtype: torch.dtype = torch.float32, *names: str, **size: object) -> PreTrainedModel:
+def adapted(
+    family: str, method: str, dtype: torch.dtype = torch.float32, *names: str, **size: object
+) -> PreTrainedModel:
     """A tiny model with one trained-looking adapter for each of `names` (default: "a")."""
     model = tiny(family, dtype, **size)
     for number, name in enumerate(names or ("a",)):

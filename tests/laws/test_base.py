@@ -133,7 +133,9 @@ def test_a_refused_attach_says_why_and_leaves_the_model_untouched(method: dict, 
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("fields", [dict(rank=0), dict(rank=-1), dict(ranks={"attn.q": 0}), dict(dropout=1.0), dict(init="gausian")])
+@pytest.mark.parametrize(
+    "fields", [dict(rank=0), dict(rank=-1), dict(ranks={"attn.q": 0}), dict(dropout=1.0), dict(init="gausian")]
+)
 def test_hyperparameters_are_checked_where_they_are_written(fields: dict) -> None:
     with pytest.raises(LorakitError):
         lk.LoRA(**fields)
@@ -182,7 +184,7 @@ def test_attach_and_use_say_which_adapter_is_in_force() -> None:
     b = output(model)
     assert not torch.equal(a, b)
     with pytest.raises(ZeroDivisionError), lk.use(model, "a"):
-        1 / 0
+        raise ZeroDivisionError
     assert torch.equal(output(model), b)
     lk.use(model, "a")  # without a block it stays
     assert torch.equal(output(model), a)

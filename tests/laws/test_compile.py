@@ -13,7 +13,9 @@ from tests.tiny import tokens
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-@pytest.mark.parametrize("what", [None, "a", ["a", None, "b"], {"a": 0.5, "b": 0.5}], ids=["none", "one", "rows", "mixture"])
+@pytest.mark.parametrize(
+    "what", [None, "a", ["a", None, "b"], {"a": 0.5, "b": 0.5}], ids=["none", "one", "rows", "mixture"]
+)
 def test_compiled_equals_eager(family: str, what: object) -> None:
     torch._dynamo.reset()
     model = adapted(family, "lora", torch.float32, "a", "b")

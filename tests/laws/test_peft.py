@@ -46,8 +46,12 @@ CONFIGS = {
     "plain": ("llama", dict(r=4, target_modules=["q_proj", "v_proj"])),
     "patterns": (
         "llama",
-        dict(r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 6},
-             alpha_pattern={"down_proj": 3}),
+        dict(
+            r=4,
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 6},
+            alpha_pattern={"down_proj": 3},
+        ),
     ),
     "rslora": ("llama", dict(r=4, use_rslora=True, target_modules="all-linear")),
     "regex": ("llama", dict(r=4, target_modules=r".*layers\.1\..*(up|gate)_proj")),
@@ -114,7 +118,13 @@ def test_several_adapters_of_one_peft_model(tmp_path: Path) -> None:
 def test_reordered_patterns_are_settled_by_the_tensors(tmp_path: Path) -> None:
     """PEFT sorts patterns on save and takes the first match on load; it cannot reload this file itself."""
     patterns = {"layers.0.self_attn.q_proj": 8, "0.self_attn.q_proj": 2}
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"], rank_pattern=patterns, alpha_pattern={k: 8 * v for k, v in patterns.items()})
+    config = LoraConfig(
+        r=4,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        rank_pattern=patterns,
+        alpha_pattern={k: 8 * v for k, v in patterns.items()},
+    )
     theirs = get_peft_model(tiny("llama"), config).eval()
     _scramble_peft(theirs)
     theirs.save_pretrained(tmp_path / "a")
@@ -133,7 +143,9 @@ def test_a_rank_that_no_pattern_explains_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_what_we_cannot_read_is_named(tmp_path: Path) -> None:
-    for number, (fields, words) in enumerate([(dict(use_dora=True), "DoRA"), (dict(lora_bias=True), "a bias on lora_B")]):
+    for number, (fields, words) in enumerate(
+        [(dict(use_dora=True), "DoRA"), (dict(lora_bias=True), "a bias on lora_B")]
+    ):
         theirs = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules=["q_proj"], **fields))
         theirs.save_pretrained(tmp_path / str(number))
         with pytest.raises(BadAdapterFile, match=words):
@@ -141,7 +153,9 @@ def test_what_we_cannot_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_fused_qkv_adapter_is_attn_qkv(tmp_path: Path) -> None:
-    get_peft_model(tiny("gpt2"), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(tmp_path / "a")
+    get_peft_model(tiny("gpt2"), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(
+        tmp_path / "a"
+    )
     model = tiny("gpt2")
     lk.load(model, tmp_path / "a", "a")
     plan: tuple[Placement, ...] = attached_to(model, "a").plan
@@ -150,12 +164,17 @@ def test_a_fused_qkv_adapter_is_attn_qkv(tmp_path: Path) -> None:
 
 def test_five_steps_of_adamw_equal_pefts(tmp_path: Path) -> None:
     for family, targets in (("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])):
-        theirs = get_peft_model(tiny(family), LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=family == "gpt2"))
+        theirs = get_peft_model(
+            tiny(family), LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=family == "gpt2")
+        )
         theirs.save_pretrained(tmp_path / family)
         ours = tiny(family)
         lk.load(ours, tmp_path / family, "a", trainable=True)
         ids, start = tokens(ours), {k: v.clone() for k, v in ours.state_dict().items() if ".adapters." in k}
-        for model, values in ((theirs, [p for p in theirs.parameters() if p.requires_grad]), (ours, lk.parameters(ours))):
+        for model, values in (
+            (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+            (ours, lk.parameters(ours)),
+        ):
             optimizer = torch.optim.AdamW(values, lr=1e-3)
             for _ in range(5):
                 model(input_ids=ids, labels=ids).loss.backward()

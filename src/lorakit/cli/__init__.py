@@ -51,4 +51,5 @@ def _run(words: list[str]) -> int:
 def _overview() -> str:
     verbs = {name: (registry.find(PACKAGE, name).__doc__ or "").splitlines()[0] for name in registry.names(PACKAGE)}
     listed = "\n".join(f"  {name:<10} {line}" for name, line in verbs.items())
-    return f"lorakit {VERSION}: adapt a frozen transformer with a few trained numbers\n\n{listed}\n\nlorakit VERB --help"
+    title = f"lorakit {VERSION}: adapt a frozen transformer with a few trained numbers"
+    return f"{title}\n\n{listed}\n\nlorakit VERB --help tells a verb's options"

@@ -1,7 +1,7 @@
 """From a dataclass to flags, help and a TOML file, and back to the dataclass.
 
-Each field is a flag of its name, dotted below the field that holds it (`--train.learning_rate`); the comment at the end of
-its line is its help. A field whose metadata says `positional` is given without a flag.
+Each field is a flag of its name, dotted below the field that holds it (`--train.learning_rate`); the comment at the end
+of its line is its help. A field whose metadata says `positional` is given without a flag.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lorakit.core.method import Method, method_called
 from lorakit.errors import LorakitError, nearest
+from lorakit.methods import DEFAULT
 
 METHOD = "name"  # the field that chooses the dataclass where several are possible
 _COMMENT = re.compile(r"^\s+(\w+): [^#]*#\s*(.+)$", re.MULTILINE)
@@ -107,11 +109,11 @@ def _spelled_out(kind: type, word: str) -> str:
 def _chosen_method(words: list[str]) -> type[Method]:
     """The method that the words, or the TOML file they name, ask for; its flag leaves `words`."""
     name = _take(words, f"--method.{METHOD}")
-    config = next((after for word, after in zip(words, words[1:], strict=False) if word == "--config"), None)
+    config = next((after for word, after in pairwise(words) if word == "--config"), None)
     if name is None and config and Path(config).is_file():
         with contextlib.suppress(tomllib.TOMLDecodeError, AttributeError):
             name = tomllib.loads(Path(config).read_text()).get("method", {}).get(METHOD)
-    return method_called(name or "lora")
+    return method_called(name) if name else DEFAULT
 
 
 def _take(words: list[str], flag: str) -> str | None:

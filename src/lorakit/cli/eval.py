@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lorakit.cli._adapter import loaded, recorded
 from lorakit.cli._show import console, sides
@@ -29,11 +30,12 @@ def main(options: Options) -> None:
     """Load base and adapter, and print the measures of both."""
     adapter = Path(options.adapter)
     model, tokenizer, name = loaded(adapter, options.base)
-    told = recorded(adapter, "data") if options.data is None else {"source": options.data}
+    told: dict[str, Any] = recorded(adapter, "data") if options.data is None else {"source": options.data}
     if not told:
         raise LorakitError(f"{adapter} has no run.json that names its data; give --data")
-    told |= {"test_examples": options.test_examples or told.get("test_examples")}
-    data = open_data(Data(**{key: tuple(v) if isinstance(v, list) else v for key, v in told.items()}), tokenizer)
+    told["test_examples"] = options.test_examples or told.get("test_examples")
+    told["labels"] = tuple(told.get("labels", ()))
+    data = open_data(Data(**told), tokenizer)
     found = compare(model, tokenizer, data, options.evaluate, {"base": None, "adapter": name})
     if options.json:
         console.print_json(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lorakit.cli._adapter import loaded
@@ -31,9 +32,12 @@ def main(options: Options) -> None:
     if not any(prompts):
         raise LorakitError("there is no prompt; give --prompt, or lines on standard input")
     model, tokenizer, name = loaded(Path(options.adapter), options.base)
-    told = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+    write = partial(
+        generate_texts, model, tokenizer, prompts,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed,
+    )  # fmt: skip
     which = {"base": None, "adapter": name} if options.beside_base else {"adapter": name}
-    found = compare(model, which, lambda: generate_texts(model, tokenizer, prompts, **told))
+    found = compare(model, which, write)
     for number, prompt in enumerate(prompts):
         for side, texts in found.items():
             lead = f"[{side}] " if options.beside_base else ""

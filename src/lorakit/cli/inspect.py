@@ -38,7 +38,7 @@ def main(options: Options) -> None:
     ]
     table(str(folder), ["", ""], rows)
     kinds = Counter((_role(key), tuple(value.shape), str(value.dtype)) for key, value in tensors.items())
-    shown = [[role, str(count), " x ".join(map(str, shape)), dtype[6:]] for (role, shape, dtype), count in kinds.items()]
+    shown = [[role, str(n), " x ".join(map(str, shape)), dtype[6:]] for (role, shape, dtype), n in kinds.items()]
     table("tensors", ["layer", "count", "shape", "dtype"], shown)
 
 

@@ -30,7 +30,8 @@ def main(options: Options) -> None:
         [
             ["trained parameters", told["trainable_parameters"]],
             ["adapter file", f"{size(told['adapter_bytes'])} (the model: {size(told['model_bytes'])})"],
-            ["training", f"{told['steps']:,} steps, {told['train_seconds']:.0f} s, {told['tokens_per_second']} tokens/s"],
+            ["training", f"{told['steps']:,} steps in {told['train_seconds']:.0f} s"],
+            ["tokens/s", told["tokens_per_second"]],
         ],
     )
     console.print(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json")

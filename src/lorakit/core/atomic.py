@@ -37,7 +37,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write the named files into `folder`: a new folder appears whole, files of an existing one are replaced one by one.
+    """Write the named files into `folder`: a new folder appears whole, in an existing one each file is replaced whole.
 
     Raises:
         LorakitError: the disk is full, or the place cannot be written; what was there before is intact.

@@ -88,7 +88,7 @@ class Delta(nn.Module, ABC):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
 
 
 def act_on_rows(deltas: Sequence[Delta | None], rows_B: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -106,9 +106,13 @@ def _whole(model: nn.Module, plan: Plan) -> list[str] | None:
     roots = set()
     for path in leaves:
         parent = path.rpartition(".")[0]
-        own = [p for p, m in modules_of(model) if p.startswith(f"{parent}.") and next(m.parameters(False), None) is not None]
-        roots.add(parent if parent and set(own) <= leaves else path)
+        below = {p for p, module in modules_of(model) if p.startswith(f"{parent}.") and _has_own(module)}
+        roots.add(parent if parent and below <= leaves else path)
     return sorted(roots) or None
+
+
+def _has_own(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _short(model: nn.Module, paths: list[str]) -> list[str]:

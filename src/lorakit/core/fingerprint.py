@@ -38,8 +38,8 @@ def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
             other.append(path)
     if other:
         faults.append(
-            f"it was trained on another base: {len(other)} of {len(saved['samples'])} sampled matrices have other values "
-            f"(first: {other[0]})"
+            f"it was trained on another base: {len(other)} of {len(saved['samples'])} sampled matrices have other "
+            f"values (first: {other[0]})"
         )
     return faults
 

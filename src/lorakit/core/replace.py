@@ -97,7 +97,8 @@ def module_placements(model: nn.Module, targets: Iterable[str]) -> list[Placemen
         if not leaves:
             tails = {path.rsplit(".", 1)[-1] for path, _ in modules_of(model)}
             have = [tail for tail in tails if not tail.isdigit()]
-            raise NoSuchTarget(f"no module of {type(model).__name__} to train matches {target!r}; {nearest(target, have)}")
+            kind = type(model).__name__
+            raise NoSuchTarget(f"no module of {kind} to train matches {target!r}; {nearest(target, have)}")
         paths |= dict.fromkeys(leaves)
     return [Placement(path, "module", MODULE) for path in paths]
 

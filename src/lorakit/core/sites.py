@@ -116,8 +116,8 @@ def family_of(model: nn.Module) -> Family:
     for name in registry.names("lorakit.families"):
         module = registry.find("lorakit.families", name)
         if name != "infer" and getattr(config, "model_type", None) in module.FAMILY.model_types:
-            return module.FAMILY  # type: ignore[no-any-return]
-    return registry.find("lorakit.families", "infer").infer(model)  # type: ignore[no-any-return]
+            return module.FAMILY
+    return registry.find("lorakit.families", "infer").infer(model)
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

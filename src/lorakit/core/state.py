@@ -151,7 +151,8 @@ def state_of(model: nn.Module) -> State:
     """
     state = model.__dict__.get(_ATTRIBUTE)
     if state is None:
-        raise BadState(f"no adapter is attached to this {type(model).__name__}; call attach(model, method) or load first")
+        kind = type(model).__name__
+        raise BadState(f"no adapter is attached to this {kind}; attach or load one first")
     return cast(State, state)
 
 

@@ -58,7 +58,8 @@ class Summary:
         return self.trainable_parameters / max(self.base_parameters, 1)
 
     def __str__(self) -> str:
-        head = f"{self.model}: {self.base_parameters:,} frozen parameters ({size(self.base_bytes)}); in force: {self.in_force}"
+        base = f"{self.base_parameters:,} frozen parameters ({size(self.base_bytes)})"
+        head = f"{self.model}: {base}; in force: {self.in_force}"
         return "\n".join([head, *(_told(adapter, self.base_parameters) for adapter in self.adapters)])
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lorakit.core.mode import mode
 from lorakit.core.routing import What, use
 
 Result = TypeVar("Result")
@@ -17,14 +18,8 @@ Result = TypeVar("Result")
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout; each module is put back into its own mode afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training
+    with mode(model, training=False), torch.no_grad():
+        yield
 
 
 def compare(model: nn.Module, sides: Mapping[str, What], measure: Callable[[], Result]) -> dict[str, Result]:

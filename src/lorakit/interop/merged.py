@@ -17,6 +17,7 @@ from lorakit.core.attach import new_deltas
 from lorakit.core.delta import Delta
 from lorakit.core.fingerprint import same_values
 from lorakit.core.merge import folded
+from lorakit.core.plan import MODULE
 from lorakit.errors import BadAdapterFile, BadModel, NotMergeable, OutputExists
 from lorakit.interop.shards import INDEX, NAMES, SINGLE, Entry, entries, shards_of, write_header, write_tensor
 
@@ -24,11 +25,13 @@ Watch = Callable[[str, int, int], None]
 
 
 @torch.no_grad()
-def merge_checkpoint(base: Path, adapter: Path, out: Path, *, any_base: bool = False, watch: Watch | None = None) -> None:
+def merge_checkpoint(
+    base: Path, adapter: Path, out: Path, *, any_base: bool = False, watch: Watch | None = None
+) -> None:
     """Write a complete transformers folder: the base with the adapter folded in, shard for shard.
 
-    Memory holds one layer's tensors at a time. Each merged weight is computed in float32 and rounded once to the dtype of
-    the checkpoint. The folder appears whole or not at all.
+    Memory holds one layer's tensors at a time. Each merged weight is computed in float32 and rounded once to the dtype
+    of the checkpoint. The folder appears whole or not at all.
 
     Args:
         base: a model folder with safetensors weights.
@@ -129,7 +132,7 @@ class _Job:
         """Tensors that the adapter brings and the checkpoint lacks (a task's head)."""
         for path, deltas in self.deltas.items():
             known = {name for name in self.found if _parent(name) == path}
-            whole = [delta for delta in deltas if delta.placement.kind == files.MODULE]
+            whole = [delta for delta in deltas if delta.placement.kind == MODULE]
             if not known and not whole:
                 raise BadModel(f"the base has no weights of {path}, which the adapter changes")
             for delta in whole:
@@ -153,7 +156,8 @@ def _write_config(folder: Path, model: Any) -> None:
 
 
 def _write_shards(job: _Job, shards: list[tuple[Path, dict[str, Entry]]], folder: Path, watch: Watch) -> None:
-    total, number, where = sum(len(found) for _, found in shards), 0, {}
+    total, number = sum(len(found) for _, found in shards), 0
+    where: dict[str, str] = {}
     for shard, found in shards:
         extra = job.fresh if shard == shards[-1][0] else {}
         listed = [(job.name(key), entry.dtype, entry.shape, entry.size) for key, entry in found.items()]

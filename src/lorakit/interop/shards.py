@@ -116,4 +116,4 @@ def write_header(file: BinaryIO, tensors: Sequence[tuple[str, str, tuple[int, ..
 
 def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     """Append a tensor's bytes."""
-    file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -2,4 +2,6 @@
 
 from lorakit.methods.lora import LoRA
 
-__all__ = ["LoRA"]
+DEFAULT = LoRA  # where a user names no method
+
+__all__ = ["DEFAULT", "LoRA"]

@@ -1,7 +1,7 @@
 """LoRA in PEFT's words: the fields of `adapter_config.json` and the names and shapes of its tensors.
 
-Ranks and scales are written without ambiguity: `r` and `lora_alpha` are the commonest values, and every other layer has a
-pattern of its own that is its escaped full path, so the order of patterns cannot matter.
+Ranks and scales are written without ambiguity: `r` and `lora_alpha` are the commonest values, and every other layer has
+a pattern of its own that is its escaped full path, so the order of patterns cannot matter.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Pair(Protocol):
     B: nn.Parameter
 
 
-def write(deltas: Sequence[Pair], *, rooted: bool, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(
+    deltas: Sequence[Pair], *, rooted: bool, extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config's fields and the tensors; `rooted` scales by alpha / sqrt(r)."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -143,7 +145,8 @@ def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
 
 def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """LoRA's fields from a PEFT config and the tensors beside it."""
-    faults = [f"it uses {words}, which lorakit's LoRA cannot read" for key, words in UNREADABLE.items() if config.get(key)]
+    used = [words for key, words in UNREADABLE.items() if config.get(key)]
+    faults = [f"it uses {words}, which lorakit's LoRA cannot read" for words in used]
     ranks = {name[: -len(end)]: t.shape[0] for name, t in tensors.items() for end in A_NAMES if name.endswith(end)}
     if not ranks:
         faults.append("it has no LoRA tensors")
@@ -167,8 +170,8 @@ def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.M
 def _alpha(config: Mapping[str, Any], path: str, rank: int, faults: list[str]) -> float:
     """The alpha of one layer: PEFT takes the first matching pattern, after sorting them on save.
 
-    The sorting loses the author's order, so the rank that a pattern gives is checked against the tensor: where the first
-    match is wrong, the matching pattern of the right rank is the author's, for alpha too.
+    The sorting loses the author's order, so the rank that a pattern gives is checked against the tensor: where the
+    first match is wrong, the matching pattern of the right rank is the author's, for alpha too.
     """
     rank_patterns, alpha_patterns = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     matched = [key for key in rank_patterns if _matches(key, path)]
@@ -196,7 +199,8 @@ def _is_saved(module: str, tensors: Mapping[str, Tensor]) -> bool:
 def _targets(given: Any, paths: set[str], model: nn.Module) -> tuple[str, ...]:
     """The config's own short target names where they mean exactly the layers in the file, otherwise full paths."""
     if isinstance(given, list):
-        meant = {path for path, _ in modules_of(model) for target in given if path == target or path.endswith(f".{target}")}
+        tails = tuple(f".{target}" for target in given)
+        meant = {path for path, _ in modules_of(model) if f".{path}".endswith(tails)}
         if meant == paths:
             return tuple(sorted(given))
     return tuple(sorted(paths))

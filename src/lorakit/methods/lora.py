@@ -20,7 +20,7 @@ from lorakit.core.layouts import Layout, LinearLayout, layout_of
 from lorakit.core.method import Method, Tensors
 from lorakit.core.plan import LOW_RANK, Placement, Plan
 from lorakit.core.replace import BiasMode, bias_placements, module_placements
-from lorakit.core.sites import GROUPS, Site, matching, resolve, sites_of
+from lorakit.core.sites import GROUPS, Site, matching, resolve
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 from lorakit.methods import _lora_peft as peft_format
 
@@ -107,8 +107,8 @@ class LoRA(Method):
                 out = placement.slice.width if placement.slice else layout.out_features
                 if placement.rank > min(layout.in_features, out):
                     raise BadMethod(
-                        f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {layout.in_features}); "
-                        f"the largest rank there is {min(layout.in_features, out)}"
+                        f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {layout.in_features});"
+                        f" the largest rank there is {min(layout.in_features, out)}"
                     )
 
     def build(self, placement: Placement, module: nn.Module) -> LowRank:
@@ -126,7 +126,7 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Tensors, model: nn.Module) -> tuple[Self, Plan]:
-        """The LoRA that a PEFT folder describes; ranks come from the tensors, alphas from the first matching pattern."""
+        """The LoRA of a PEFT folder; ranks come from the tensors, alphas from the first matching pattern."""
         method = cls(**peft_format.fields(config, tensors, model))
         return method, method.plan(model)
 
@@ -183,7 +183,7 @@ class LowRank(Delta):
         return torch.addmm(weight_OI, self.B.to(weight_OI), self.A.to(weight_OI), alpha=self.scale), bias_O
 
     @classmethod
-    def rows(cls, deltas: Sequence[LowRank | None], rows_B: Tensor, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    def rows(cls, deltas: Sequence[LowRank | None], rows_B: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """All rows in two batched products: each row gathers its own A and B, padded to the largest rank."""
         some = [delta for delta in deltas if delta is not None]
         plain = all(isinstance(d.layout, LinearLayout) and not (d.dropout and d.training) for d in some)

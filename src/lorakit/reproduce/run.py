@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 import lorakit as lk
 from lorakit import models
 from lorakit.core.atomic import write_files
-from lorakit.core.method import Method, method_called
+from lorakit.core.method import Method
 from lorakit.data import Data, Dataset, collate, encode, encode_texts, open_data, order
 from lorakit.errors import BadMethod
+from lorakit.methods import DEFAULT
 from lorakit.reproduce.measures import Evaluate, classifies, compare
 from lorakit.train import Feed, Step, Train, draw, run
 from lorakit.version import VERSION
@@ -34,7 +35,7 @@ class Run:
     base: str  # a packaged model, a folder, a GGUF file or a hub id
     data: Data  # what to learn
     out: str  # folder of the adapter and all that belongs to it
-    method: Method = field(default_factory=lambda: method_called("lora")())  # how to adapt
+    method: Method = field(default_factory=DEFAULT)  # how to adapt
     train: Train = field(default_factory=Train)  # how to train
     evaluate: Evaluate = field(default_factory=Evaluate)  # what to measure before and after
 
@@ -108,10 +109,11 @@ def prepare(run_: Run) -> tuple[Any, Any, Dataset]:
 
 def with_head(model: Any, method: Method) -> Method:
     """The method, training the model's classification head too where there is one and nothing else is said."""
-    if not classifies(model) or not any(f.name == "train" for f in fields(method)) or getattr(method, "train"):  # noqa: B009
+    told = asdict(method).get("train")
+    if not classifies(model) or told is None or told:
         return method
-    heads = [name for name, child in model.named_children() if child is not model.base_model and any(child.parameters())]
-    return replace(method, train=tuple(heads))
+    heads = (name for name, child in model.named_children() if child is not model.base_model)
+    return replace(method, **{"train": tuple(heads)})
 
 
 def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train) -> Feed:
@@ -137,7 +139,8 @@ def figures(model: Any, name: str, out: Path, taken: list[Step]) -> dict[str, An
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    return {"lorakit": VERSION, "python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    installed = {name: metadata.version(name) for name in PACKAGES}
+    return {"lorakit": VERSION, "python": platform.python_version(), **installed}
 
 
 def as_json(value: Any) -> bytes:

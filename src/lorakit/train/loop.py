@@ -16,6 +16,7 @@ from torch import nn
 
 from lorakit.core.attach import parameters
 from lorakit.core.fingerprint import fingerprint
+from lorakit.core.mode import mode
 from lorakit.core.routing import use
 from lorakit.core.state import adapter_tensors, attached_to, idle
 from lorakit.errors import BadData, BadMethod, BadState, Interrupted, LorakitError, NeverActed
@@ -24,7 +25,7 @@ from lorakit.train.feed import Feed
 from lorakit.train.folder import RunFolder
 from lorakit.train.loss import Loss, loss_for
 from lorakit.train.settings import Step, Train, learning_rate
-from lorakit.train.surroundings import held_interrupt, mode, seeded
+from lorakit.train.surroundings import held_interrupt, seeded
 
 Steps = Generator[Step, None, None]
 Evaluate = Callable[[], Mapping[str, float]]

@@ -1,4 +1,4 @@
-"""What a step changes around itself and puts back: training mode, random state, Ctrl-C."""
+"""What a step changes around itself and puts back: random state and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ from types import FrameType
 
 import numpy
 import torch
-from torch import nn
-
-
-@contextmanager
-def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put the model in training or evaluation mode, and each module back into its own mode afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training
 
 
 @contextmanager
