@@ -18,10 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lorakit.core import registry
 from lorakit.core.method import Method, method_called
 from lorakit.errors import LorakitError, nearest
 from lorakit.methods import DEFAULT
 
+METHODS = "lorakit.methods"
 METHOD = "name"  # the field that chooses the dataclass where several are possible
 _COMMENT = re.compile(r"^\s+(\w+): [^#]*#\s*(.+)$", re.MULTILINE)
 
@@ -40,6 +42,9 @@ def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
     chosen = _chosen_method(words)
     for path, field, hint, kind_of in _leaves(kind, chosen):
         _add(parser, path, field, hint, help_of(kind_of).get(field.name, ""))
+    if Method in _hints(kind).values():
+        named = ", ".join(registry.names(METHODS))
+        parser.add_argument(f"--method.{METHOD}", type=str, default=chosen.name, help=f"one of: {named}")
     if {"-h", "--help"} & set(words):
         parser.print_help()
         return None
@@ -107,22 +112,17 @@ def _spelled_out(kind: type, word: str) -> str:
 
 
 def _chosen_method(words: list[str]) -> type[Method]:
-    """The method that the words, or the TOML file they name, ask for; its flag leaves `words`."""
-    name = _take(words, f"--method.{METHOD}")
-    config = next((after for word, after in pairwise(words) if word == "--config"), None)
+    """The method that the words, or the TOML file they name, ask for."""
+    name, config = _given(words, f"--method.{METHOD}"), _given(words, "--config")
     if name is None and config and Path(config).is_file():
         with contextlib.suppress(tomllib.TOMLDecodeError, AttributeError):
             name = tomllib.loads(Path(config).read_text()).get("method", {}).get(METHOD)
     return method_called(name) if name else DEFAULT
 
 
-def _take(words: list[str], flag: str) -> str | None:
-    for at, word in enumerate(words):
-        if word.startswith(f"{flag}="):
-            return words.pop(at).partition("=")[2]
-        if word == flag and at + 1 < len(words):
-            return [words.pop(at), words.pop(at)][1]
-    return None
+def _given(words: list[str], flag: str) -> str | None:
+    joined = (word.partition("=")[2] for word in words if word.startswith(f"{flag}="))
+    return next(joined, None) or next((after for word, after in pairwise(words) if word == flag), None)
 
 
 def _known(parser: Any, words: list[str]) -> list[str]:

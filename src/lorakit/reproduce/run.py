@@ -112,7 +112,8 @@ def with_head(model: Any, method: Method) -> Method:
     told = asdict(method).get("train")
     if not classifies(model) or told is None or told:
         return method
-    heads = (name for name, child in model.named_children() if child is not model.base_model)
+    others = [(name, child) for name, child in model.named_children() if child is not model.base_model]
+    heads = [name for name, child in others if next(child.parameters(), None) is not None]
     return replace(method, **{"train": tuple(heads)})
 
 
