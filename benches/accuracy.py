@@ -1,14 +1,14 @@
 """Held-out accuracy of SmolLM2-135M on film reviews after LoRA, trained by lorakit and by PEFT on the same batches.
 
-Both start from the same A and B and see the same token ids in the same order, with the same learning rates and clipping.
-PEFT's side is a loop of its own with the model's own loss. First, loss and gradients of one step are compared.
+Both start from the same A and B and see the same token ids in the same order, at the same learning rates and with the
+same clipping. PEFT's side is a loop of its own with the model's own loss. First, one step of both is compared.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -59,7 +59,7 @@ def main() -> None:
     for seed in sizes.seeds:
         for package, accuracy in of_seed(model, tokenizer, reviews(sizes, seed), seed).items():
             found[package].append(accuracy)
-        print(f"seed {seed}: " + ", ".join(f"{package} {values[-1]:.4f}" for package, values in found.items()), flush=True)
+        print(f"seed {seed}:", *(f"{package} {values[-1]:.4f}" for package, values in found.items()), flush=True)
     data = reviews(sizes, sizes.seeds[0])
     base = label_accuracy(model, tokenizer, data.test, data.labels)
     record("accuracy", result(found, base, sizes, len(data.test)), arguments.json)
@@ -139,28 +139,26 @@ def compare_first_step(model: Any, tokenizer: Any, feed: Feed) -> None:
     lost = torch.tensor(loss.backward(model, batch, total) / total)
     peft_lost = peft_loss(other, feed, numbers)
     peft_lost.backward()
-    worst = max(distance(lost, peft_lost), farthest(ours, dict(other.named_parameters())))
+    worst = float(torch.stack([distance(lost, peft_lost), *distances(ours, dict(other.named_parameters()))]).max())
     lk.detach(model, NAME)
     if not worst <= TOLERANCE:
         sys.exit(f"loss or gradients of the first step differ by {worst:.1e} of the largest, more than {TOLERANCE:.0e}")
     print(f"first step: loss {lost:.6f}, PEFT's {peft_lost:.6f}; loss and gradients agree to {worst:.1e}")
 
 
-def farthest(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> float:
-    """The largest distance of our gradients from those of PEFT."""
-    distances = []
+def distances(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> Iterator[Tensor]:
+    """The distance of each of our gradients from PEFT's."""
     for name, tensor in ours.items():
         path, _, factor = name.rsplit(".", 2)
         twin = theirs[f"base_model.model.{path}.lora_{factor}.default.weight"]
         assert tensor.grad is not None
         assert twin.grad is not None
-        distances.append(distance(tensor.grad, twin.grad))
-    return max(distances)
+        yield distance(tensor.grad, twin.grad)
 
 
-def distance(one: Tensor, other: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> Tensor:
     """max |difference| / max |other|."""
-    return float((one - other).detach().abs().max() / other.detach().abs().max())
+    return (one - other).detach().abs().max() / other.detach().abs().max()
 
 
 def result(found: Mapping[str, list[float]], base: float, sizes: Sizes, tests: int) -> dict[str, Any]:

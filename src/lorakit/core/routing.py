@@ -157,7 +157,8 @@ def _fit_rows(state: State, rows_B: Tensor, y: Tensor) -> Tensor:
     if state.repeats_rows and size % have == 0:
         return rows_B.repeat_interleave(size // have)
     raise BadRouting(
-        f"use(model, [...]) names {have} rows but a layer's input has {size}; give one name a row (None for the base)"
+        f"use(model, [...]) names {have} rows but a layer's input has {size}; give one name a row (None for the base), "
+        "and no targets in layers whose first dimension is not the batch"
     )
 
 

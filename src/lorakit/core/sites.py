@@ -96,18 +96,21 @@ class Part:
     of: int
 
 
+Where = str | Part | tuple[str, ...]  # a path, a part of a fused layer, or several paths
+
+
 @dataclass(frozen=True)
 class Family:
     """Where the roles live in one model family.
 
     `block` is the tail of a block's path (`layers.*`); `inside` maps roles to paths below a block, `outside` to path
-    tails elsewhere.
+    tails elsewhere; a role may have several (self- and cross-attention).
     """
 
     model_types: tuple[str, ...]
     block: str
-    inside: Mapping[str, str | Part]
-    outside: Mapping[str, str]
+    inside: Mapping[str, Where]
+    outside: Mapping[str, str | tuple[str, ...]]
 
 
 def family_of(model: nn.Module) -> Family:
@@ -146,18 +149,24 @@ def sites_of(model: nn.Module) -> list[Site]:
     return found
 
 
-def _roles(path: str, family: Family, block: re.Pattern[str]) -> Iterator[tuple[str, str | Part]]:
+def _roles(path: str, family: Family, block: re.Pattern[str]) -> Iterator[tuple[str, Where]]:
     inside = block.match(path)
     if inside and inside.end() == len(path):
         yield "block", ""
     if inside and path[inside.end() :].startswith("."):
         tail = path[inside.end() + 1 :]
-        yield from ((r, w) for r, w in family.inside.items() if (w.path if isinstance(w, Part) else w) == tail)
+        yield from ((role, where) for role, where in family.inside.items() if tail in _paths(where))
     else:
-        yield from ((role, tail) for role, tail in family.outside.items() if is_tail(path, tail))
+        for role, where in family.outside.items():
+            if any(is_tail(path, tail) for tail in _paths(where)):
+                yield role, where
 
 
-def _slice(where: str | Part, layout: Layout | None) -> Slice | None:
+def _paths(where: Where) -> tuple[str, ...]:
+    return (where.path,) if isinstance(where, Part) else (where,) if isinstance(where, str) else where
+
+
+def _slice(where: Where, layout: Layout | None) -> Slice | None:
     if not isinstance(where, Part) or layout is None:
         return None
     size = layout.out_features // where.of
@@ -211,7 +220,7 @@ def _in_model_order(model: nn.Module, sites: list[Site]) -> list[Site]:
 
 
 def _no_such_target(model: nn.Module, target: str, sites: list[Site]) -> NoSuchTarget:
-    roles = {site.role for site in sites} | set(GROUPS)
+    roles = {site.role for site in sites} | {group for group in GROUPS if matching(sites, group, model)}
     tails = {path.rsplit(".", 1)[-1] for path, _ in modules_of(model)} - set("0123456789")
     have = roles if "." in target and "*" not in target else roles | {t for t in tails if not t.isdigit()}
     return NoSuchTarget(f"no module of {type(model).__name__} matches the target {target!r}; {nearest(target, have)}")
