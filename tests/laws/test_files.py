@@ -43,6 +43,15 @@ def test_save_and_load_are_the_identity(family: str, method: str, dtype: torch.d
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_saving_while_merged_writes_the_same_bytes(tmp_path: Path) -> None:
+    model = adapted("gpt2", "lora-linear")
+    lk.save(model, "a", tmp_path / "before")
+    lk.merge(model, "a")
+    lk.save(model, "a", tmp_path / "merged")
+    for name in (TENSORS, "adapter_config.json"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+
+
 def test_a_loaded_adapter_can_be_trained_further(tmp_path: Path) -> None:
     model = adapted("llama", "lora")
     lk.save(model, "a", tmp_path / "a")

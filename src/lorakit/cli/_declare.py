@@ -25,7 +25,8 @@ from lorakit.methods import DEFAULT
 
 METHODS = "lorakit.methods"
 METHOD = "name"  # the field that chooses the dataclass where several are possible
-_COMMENT = re.compile(r"^\s+(\w+): [^#]*#\s*(.+)$", re.MULTILINE)
+NAMES = tuple[str, ...]
+_COMMENT = re.compile(r"^\s+(\w+): [^#\n]*#\s*(.+)$", re.MULTILINE)
 
 
 def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
@@ -90,6 +91,7 @@ def _leaves(kind: type, chosen: type[Method], prefix: str = "") -> Iterator[tupl
 
 
 def _add(parser: Any, path: str, field: Field[Any], hint: Any, text: str) -> None:
+    hint = hint | str if hint == NAMES else hint  # names may be separated by commas, too
     if field.metadata.get("positional"):
         parser.add_argument(path, type=hint, help=text, **field.metadata.get("options", {}))
     elif hint is bool:
@@ -147,5 +149,6 @@ def _build(kind: type, chosen: type[Method], values: Mapping[str, Any]) -> Any:
         if is_dataclass(hint) and isinstance(hint, type):
             given[field.name] = _build(hint, chosen, value or {})
         elif field.name in values:
+            value = value.split(",") if hint == NAMES and isinstance(value, str) else value
             given[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**given)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.state import state_or_new
+
 SAMPLES = 256  # values a matrix, at fixed places
 TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same base
 
@@ -50,10 +52,12 @@ def same_values(sample: Mapping[str, Any], weight: Tensor) -> bool:
 
 
 def _weight(model: nn.Module, path: str) -> Tensor | None:
+    """The base's own weight at a path, also while something is merged into it."""
     try:
-        weight = model.get_submodule(path)._parameters.get("weight")
+        own = model.get_submodule(path)._parameters.get("weight")
     except AttributeError:
         return None
+    weight = state_or_new(model).originals.get(path, {}).get("weight", own)
     return weight.detach() if weight is not None and weight.is_floating_point() else None
 
 

@@ -16,16 +16,16 @@ import torch
 import lorakit as lk
 from lorakit import models
 from lorakit.core.atomic import write_files
-from lorakit.data import Data, Dataset, Example, open_data
+from lorakit.data import Data, Example, open_data
 from lorakit.errors import OutputExists
 from lorakit.evaluate import generate_texts, label_scores
-from lorakit.reproduce.measures import Evaluate
+from lorakit.methods import DEFAULT
 from lorakit.reproduce.run import RESULTS, Outcome, Run, Wrap, adapt, as_json
 from lorakit.train import Train, draw
 
 BASE = "smollm2-135m"
 LABELLER, WRITER = "reviews", "writer"
-TEMPERATURE = 0.7  # of the written reviews
+TEMPERATURE = 0.5  # of the written reviews
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Sizes:
     timed_tokens: int
 
 
-FULL = Sizes(train=1600, test=400, writer_train=800, written=50, timed_tokens=24)
-QUICK = Sizes(train=240, test=80, writer_train=96, written=10, timed_tokens=8)
+FULL = Sizes(train=1280, test=400, writer_train=480, written=50, timed_tokens=16)
+QUICK = Sizes(train=240, test=64, writer_train=64, written=10, timed_tokens=8)
 
 
 @dataclass(frozen=True)
@@ -87,18 +87,16 @@ def _is_demo(folder: Path) -> bool:
 def label(demo: Demo, wrap: Wrap) -> Outcome:
     """Train the first adapter: is a review negative or positive?"""
     data = Data(source="reviews", train_examples=demo.sizes.train, test_examples=demo.sizes.test)
-    return _adapt(demo, data, open_data(data), LABELLER, wrap)
+    run = Run(base=BASE, data=data, out=str(demo.out / LABELLER))
+    return adapt(demo.model, demo.tokenizer, open_data(data), run, wrap=wrap)
 
 
 def write(demo: Demo, wrap: Wrap) -> Outcome:
     """Train the second adapter: write a review of a given sentiment."""
     data = Data(source="reviews-writer", train_examples=demo.sizes.writer_train, test_examples=1)
-    return _adapt(demo, data, replace(open_data(data), test=[]), WRITER, wrap)
-
-
-def _adapt(demo: Demo, data: Data, read: Dataset, name: str, wrap: Wrap) -> Outcome:
-    run = Run(base=BASE, data=data, out=str(demo.out / name), train=Train(), evaluate=Evaluate())
-    return adapt(demo.model, demo.tokenizer, read, run, wrap=wrap)
+    method, train = DEFAULT(targets=("linear",)), Train(learning_rate=2e-3)
+    run = Run(base=BASE, data=data, out=str(demo.out / WRITER), method=method, train=train)
+    return adapt(demo.model, demo.tokenizer, replace(open_data(data), test=[]), run, wrap=wrap)
 
 
 def written(demo: Demo) -> list[Review]:
@@ -150,7 +148,7 @@ def merging(demo: Demo, example: Example) -> dict[str, Any]:
 def _speeds(demo: Demo, ids: torch.Tensor) -> dict[str, float]:
     """Median milliseconds a generated token of base, attached and merged model, measured in turn."""
     found: dict[str, list[float]] = {"base": [], "attached": [], "merged": []}
-    for _ in range(5):
+    for _ in range(3):
         for side, prepare in _sides(demo.model).items():
             restore = prepare()
             found[side].append(_milliseconds(demo, ids))
