@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from lorakit.cli._show import console, size, table
 from lorakit.reproduce import demo
@@ -27,9 +28,10 @@ def tell(out: str, *, quick: bool) -> None:
     _head("3  One batch, three models: each row uses the adapter it names")
     rows = demo.mixed(told, labelled.data.test[0])
     named = [[name or "the base", _short(prompt), _short(text, 48)] for name, prompt, text in rows]
-    table("", ["row uses", "prompt", "writes"], named)
+    table("", ["row uses", "prompt", "writes"], named, texts=3)
     _head("4  Fold the adapter into the weights, and take it out again")
     folded = demo.merging(told, labelled.data.test[0])
+    _folded(folded)
     results = demo.finish(told, labelled, reviews, folded, time.monotonic() - began)
     _results(results)
     _next(out)
@@ -60,13 +62,21 @@ def _labelled(outcome: Outcome) -> None:
 def _reviews(reviews: list[demo.Review]) -> None:
     right = sum(review.asked == review.labelled for review in reviews)
     shown = [[review.asked, review.labelled, _short(review.text, 84)] for review in reviews[:6]]
-    table("", ["asked for", "labelled", "what it wrote"], shown)
+    table("", ["asked for", "labelled", "what it wrote"], shown, texts=3)
     console.print(f"The first adapter labels {right} of {len(reviews)} written reviews as they were asked for.")
 
 
-def _results(found: dict[str, object]) -> None:
-    speeds = found["milliseconds_per_token"]
-    assert isinstance(speeds, dict)
+def _folded(found: Mapping[str, Any]) -> None:
+    kept = "every bit is as it was" if found["unmerge_bit_exact"] else "BITS HAVE CHANGED"
+    console.print(
+        f"Merged, the logits differ from the attached model's by at most {found['merged_max_logit_difference']:.1e}, "
+        f"and no adapter code runs. Unmerged, {kept}."
+    )
+
+
+def _results(found: Mapping[str, Any]) -> None:
+    console.print()
+    speeds = " / ".join(f"{value:.1f}" for value in found["milliseconds_per_token"].values())
     table(
         "What you have now" + (" (a quick run: few examples, so the numbers are rough)" if found["quick"] else ""),
         ["", ""],
@@ -74,10 +84,10 @@ def _results(found: dict[str, object]) -> None:
             ["accuracy before / after", f"{found['accuracy_before']:.3f} / {found['accuracy_after']:.3f}"],
             ["written reviews labelled as asked", f"{found['written_as_asked']:.0%}"],
             ["trained numbers", f"{found['trainable_parameters']:,}"],
-            ["the adapter's file", f"{size(float(str(found['adapter_bytes'])))}"],
-            ["the model's weights", f"{size(float(str(found['model_bytes'])))}"],
+            ["the adapter's file", f"{size(found['adapter_bytes'])}"],
+            ["the model's weights", f"{size(found['model_bytes'])}"],
             ["training", f"{found['train_seconds']:.0f} s at {found['tokens_per_second']:.0f} tokens/s"],
-            ["ms a token: base / attached / merged", " / ".join(f"{value:.1f}" for value in speeds.values())],
+            ["ms a token: base / attached / merged", speeds],
             ["merged against attached, largest logit difference", f"{found['merged_max_logit_difference']:.1e}"],
             ["unmerged weights have the original bits", "yes" if found["unmerge_bit_exact"] else "NO"],
             ["the whole demo", f"{found['seconds']:.0f} s"],

@@ -14,11 +14,11 @@ from lorakit.core.summary import size
 console = Console(highlight=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; the first column is left-aligned, the others right-aligned."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> None:
+    """Print a table; the first `texts` columns are left-aligned, the others right-aligned."""
+    shown = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        shown.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        shown.add_column(column, justify="left" if number < texts else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(value if isinstance(value, str) else number_of(value) for value in row))
     console.print(shown)
