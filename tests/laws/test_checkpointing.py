@@ -68,6 +68,18 @@ def test_two_routings_awaiting_backward_raise_rather_than_mix(reentrant: bool) -
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["a", ["a", "b", None], {"a": 0.5, "b": 0.5}], ids=["one", "rows", "mixture"])
+def test_equal_routings_may_await_backward_together(what: object) -> None:
+    model = _model("llama", checkpointed=True)
+    losses = []
+    for _ in range(2):
+        with lk.use(model, what):
+            losses.append(output(model).pow(2).mean())
+    sum(losses).backward()
+    assert any(gradient.abs().sum() > 0 for gradient in _gradients(model))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_tasks_in_turn_train_under_checkpointing() -> None:
     model, plain = _model("llama", checkpointed=True), None
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lorakit as lk
+from lorakit.core.state import idle
 from tests.laws.cases import FAMILIES, adapted, close, every_dtype, output
 from tests.tiny import tokens
 
@@ -40,6 +41,15 @@ def test_twenty_assignments_of_rows_compile_once() -> None:
         with lk.use(model, choice.choices(["a", "b", None], k=3)), torch.no_grad():
             assert close(compiled(tokens(model))[0], output(model))
     assert len(graphs) == 1
+
+
+def test_deltas_of_a_compiled_forward_are_not_taken_for_idle() -> None:
+    torch._dynamo.reset()
+    model = adapted("llama", "lora").train()
+    for layer in model.model.layers[:1]:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    output(model).pow(2).mean().backward()
+    assert idle(model, "a") == []
 
 
 def test_a_compiled_model_trains() -> None:

@@ -44,6 +44,15 @@ class Routing:
         object.__setattr__(self, "keys", tuple(key_of(name) for name in self.names))
 
 
+def same_routing(one: Routing | None, other: Routing | None) -> bool:
+    """Whether two routings send every row the same way."""
+    if one is other or one is None or other is None:
+        return one is other
+    pairs = ((one.weights_N, other.weights_N), (one.rows_B, other.rows_B))
+    same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+    return one.names == other.names and same
+
+
 @dataclass
 class Attached:
     """One attached adapter: the method that made it and the plan it was resolved to."""
@@ -92,7 +101,7 @@ class State:
     def _note(self) -> None:
         if self.recomputed:
             self.recomputed, self.pending = False, []
-        if len(self.pending) < 2 and all(noted is not self.routing for noted in self.pending):
+        if len(self.pending) < 2 and not any(same_routing(noted, self.routing) for noted in self.pending):
             self.pending.append(self.routing)
 
 
@@ -102,7 +111,8 @@ class Adapters(nn.Module):
     def __init__(self, state: State) -> None:
         super().__init__()
         self.state = state
-        self.acted: set[str] = set()
+        self.acted: set[str] = set()  # names; a compiled forward marks nothing
+        self.versions: dict[str, int] = {}  # of each adapter's parameters when they were put here
 
     def deltas(self, name: str) -> list[Delta]:
         """The deltas of one adapter here, in order; none if it does not touch this module."""
@@ -126,11 +136,24 @@ class Adapters(nn.Module):
         if key not in self._modules:
             self.add_module(key, nn.ModuleDict())
         cast(nn.ModuleDict, self._modules[key])[delta.placement.slot] = delta
+        self.versions[name] = _version(self.deltas(name))
+
+    def rests(self, name: str) -> bool:
+        """Whether an adapter has deltas here that no forward used: not seen to act, no gradient, never stepped."""
+        own = [parameter for delta in self.deltas(name) for parameter in delta.parameters()]
+        trained = any(parameter.grad is not None for parameter in own) or self.versions.get(name) != _version(self.deltas(name))
+        return bool(own) and name not in self.acted and not trained
 
     def remove(self, name: str) -> None:
         """Drop all deltas of one adapter."""
         self._modules.pop(key_of(name), None)
         self.acted.discard(name)
+        self.versions.pop(name, None)
+
+
+def _version(deltas: list[Delta]) -> int:
+    """A number that grows with every change in place, such as an optimiser's step."""
+    return sum(parameter._version for delta in deltas for parameter in delta.parameters())
 
 
 def key_of(name: str) -> str:
@@ -140,7 +163,7 @@ def key_of(name: str) -> str:
     ('reviews', 'v1%2E2', 'train%')
     """
     key = quote(name, safe=" ").replace(".", "%2E")
-    return f"{key}%" if hasattr(Adapters, key) or key in ("training", "state", "acted") else key
+    return f"{key}%" if hasattr(Adapters, key) or key in ("training", "state", "acted", "versions") else key
 
 
 def state_of(model: nn.Module) -> State:
@@ -209,7 +232,7 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def idle(model: nn.Module, name: str) -> list[str]:
     """Paths of the modules whose delta of this adapter has not acted since it was attached."""
     attached_to(model, name)
-    return [path for path, _, adapters in adapters_of(model) if adapters.deltas(name) and name not in adapters.acted]
+    return [path for path, _, adapters in adapters_of(model) if adapters.rests(name)]
 
 
 def require_unmerged(state: State, verb: str) -> None:
