@@ -140,9 +140,10 @@ class Adapters(nn.Module):
 
     def rests(self, name: str) -> bool:
         """Whether an adapter has deltas here that no forward used: not seen to act, no gradient, never stepped."""
-        own = [parameter for delta in self.deltas(name) for parameter in delta.parameters()]
-        trained = any(parameter.grad is not None for parameter in own) or self.versions.get(name) != _version(self.deltas(name))
-        return bool(own) and name not in self.acted and not trained
+        deltas = self.deltas(name)
+        graded = any(parameter.grad is not None for delta in deltas for parameter in delta.parameters())
+        stepped = self.versions.get(name) != _version(deltas)
+        return bool(deltas) and name not in self.acted and not graded and not stepped
 
     def remove(self, name: str) -> None:
         """Drop all deltas of one adapter."""
