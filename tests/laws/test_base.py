@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lorakit as lk
-from lorakit.core.state import adapter_tensors
+from lorakit.core.state import adapter_tensors, attached_to
 from lorakit.errors import BadMethod, BadState, LorakitError, NoSuchAdapter, NoSuchTarget
 from tests.laws.cases import adapted, bits, close, every_case, every_dtype, method_named, output, same_bits, scramble
 from tests.tiny import tiny
@@ -134,7 +135,21 @@ def test_a_refused_attach_says_why_and_leaves_the_model_untouched(method: dict, 
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(rank=0), dict(rank=-1), dict(ranks={"attn.q": 0}), dict(dropout=1.0), dict(init="gausian")]
+    "fields",
+    [
+        dict(rank=0),
+        dict(rank=-1),
+        dict(rank=2.5),
+        dict(rank="8"),
+        dict(ranks={"attn.q": 0}),
+        dict(alpha=float("nan")),
+        dict(alphas={"attn.q": float("inf")}),
+        dict(dropout=1.0),
+        dict(init="gausian"),
+        dict(scaling="alpha/sqrt"),
+        dict(bias="some"),
+        dict(targets=()),
+    ],
 )
 def test_hyperparameters_are_checked_where_they_are_written(fields: dict) -> None:
     with pytest.raises(LorakitError):
@@ -198,3 +213,42 @@ def test_entering_use_never_changes_trainability() -> None:
     with lk.use(model, "a"), lk.use(model, None):
         assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_detaching_in_any_order_leaves_no_trace() -> None:
+    model = tiny("llama")
+    attributes = dict(vars(model))
+    for name in "ab":
+        lk.attach(model, lk.LoRA(), name=name)
+    lk.detach(model, "b")
+    lk.detach(model, "a")
+    assert vars(model).keys() == attributes.keys()
+    assert vars(model)["_keys_to_ignore_on_save"] == attributes["_keys_to_ignore_on_save"]
+
+
+def test_detaching_another_adapter_keeps_the_routing_in_force() -> None:
+    model = adapted("llama", "lora", torch.float32, "c", "a", "b")
+    with lk.use(model, ["a", None, "b"]):
+        expected = output(model)
+        lk.detach(model, "c")
+        assert torch.equal(output(model), expected)
+    with lk.use(model, "a"):
+        lk.detach(model, "a")
+        lk.detach(model, "b")  # the last one goes inside its block
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_offloaded_layers_are_refused_by_name() -> None:
+    model = tiny("llama")
+    accelerate.cpu_offload(model)
+    with pytest.raises(BadState, match=r"q_proj is not here \(offloaded"):
+        lk.attach(model, lk.LoRA())
+
+
+def test_biases_and_a_head_train_together() -> None:
+    model = tiny("bert", labels=3)
+    lk.attach(model, lk.LoRA(bias="all", train="classifier"))
+    paths = [(d.path, d.kind) for d in attached_to(model, "default").plan]
+    assert ("classifier", "module") in paths
+    assert ("classifier", "bias") not in paths
+    assert ("bert.pooler.dense", "bias") in paths

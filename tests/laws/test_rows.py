@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -82,6 +83,14 @@ def test_a_batch_of_another_size_is_refused() -> None:
         lk.use(model, [])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generate_refuses_a_batch_that_its_beams_do_not_explain(family: str) -> None:
+    model = adapted(family, "lora", torch.float32, "a", "b")
+    for extra in (dict(), dict(num_beams=3)):
+        with lk.use(model, ["a", "b"]), pytest.raises(BadRouting):
+            model.generate(tokens(model, rows=4), max_new_tokens=2, pad_token_id=0, **extra)
+
+
 def test_a_second_thread_is_refused_while_the_model_is_in_use() -> None:
     model, caught = adapted("llama", "lora"), []
 
@@ -91,11 +100,20 @@ def test_a_second_thread_is_refused_while_the_model_is_in_use() -> None:
         except BadState as error:
             caught.append(error)
 
+    def forward() -> None:
+        try:
+            output(twin)
+            output(model)
+        except BadState as error:
+            caught.append(error)
+
     with lk.use(model, "a"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert "another thread" in str(caught[0])
+        twin = copy.deepcopy(model)  # nobody's: it may be used anywhere
+        for target in (other, forward):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+    assert [str(error).split(" has")[0] for error in caught] == ["another thread"] * 2
     lk.use(model, None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
@@ -74,6 +73,7 @@ def put(
     _check(model, state, name, record.plan)
     if not state.attached:
         _freeze(model, state)
+        state.attributes = {key: value for key, value in vars(model).items() if key == _IGNORED}
         set_state(model, state)
     state.attached[name] = record
     for module, delta in deltas:
@@ -90,14 +90,19 @@ def _check(model: nn.Module, state: State, name: str, plan: Plan) -> None:
         raise BadState("an adapter needs a name: attach(model, method, name='reviews')")
     if name in state.attached:
         raise BadState(f"an adapter is already called {name!r}; detach it first or choose another name")
-    _refuse_tied(model, plan)
+    refuse_tied(model, plan)
+    _refuse_absent(model, plan)
     for path in {placement.path for placement in plan}:
         if not isinstance(getattr(model.get_submodule(path), ADAPTERS, Adapters(state)), Adapters):
             raise BadMethod(f"{path} has an attribute called {ADAPTERS!r} of its own, so it cannot be adapted")
 
 
-def _refuse_tied(model: nn.Module, plan: Plan) -> None:
-    """An adapter on one of two tied modules would act on half of what the shared weight does."""
+def refuse_tied(model: nn.Module, plan: Plan) -> None:
+    """Refuse an adapter on one of two tied modules: it would act on half of what the shared weight does.
+
+    Raises:
+        BadMethod: a placement's module shares its weight with another.
+    """
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -109,7 +114,20 @@ def _refuse_tied(model: nn.Module, plan: Plan) -> None:
             others = " and ".join(path for path in tied[placement.path] if path != placement.path)
             raise BadMethod(
                 f"{placement.path} shares its weight with {others}, so an adapter on it would act on half of what that "
-                "weight does; choose other targets, or load the model with tie_word_embeddings=False"
+                "weight does; choose other targets, or give each a weight of its own first"
+            )
+
+
+def _refuse_absent(model: nn.Module, plan: Plan) -> None:
+    """A layer whose weight is elsewhere (offloaded, sharded away) cannot carry an adapter beside it."""
+    whole_is_meta = all(parameter.is_meta for parameter in model.parameters())
+    for placement in plan:
+        module = model.get_submodule(placement.path)
+        elsewhere = not whole_is_meta or "_hf_hook" in vars(module)  # accelerate's, which fetches weights for a forward
+        if any((own.is_meta and elsewhere) or own.numel() == 0 for own in module.parameters(recurse=False)):
+            raise BadState(
+                f"the weight of {placement.path} is not here (offloaded to CPU or disk, or sharded by ZeRO-3), which "
+                "lorakit does not support; load the model without offloading"
             )
 
 
@@ -131,8 +149,6 @@ def _leave_out_on_save(model: nn.Module, state: State) -> None:
     """`save_pretrained` writes the base alone."""
     if not hasattr(type(model), _IGNORED):
         return
-    if len(state.attached) == 1:
-        state.attributes = {key: value for key, value in vars(model).items() if key == _IGNORED}
     theirs = state.attributes.get(_IGNORED, getattr(type(model), _IGNORED)) or []
     model.__dict__[_IGNORED] = [*theirs, *(key for key in model.state_dict() if ADAPTERS in key.split("."))]
 
@@ -155,18 +171,12 @@ def detach(model: nn.Module, name: str) -> None:
         if not adapters._modules:
             unhook([module])
             del module._modules[ADAPTERS]
-    if state.routing is not None:
-        _drop_from_routing(model, state, name)
-    if state.attached:
-        _leave_out_on_save(model, state)
-    else:
+    if not state.attached:
         _forget(model, state)
-
-
-def _drop_from_routing(model: nn.Module, state: State, name: str) -> None:
-    routing: Any = state.routing
-    if name in routing.names:
-        route(model, None)
+        return
+    _leave_out_on_save(model, state)
+    if state.routing is not None:
+        route(model, state.routing.among(tuple(state.attached)))
 
 
 def _forget(model: nn.Module, state: State) -> None:

@@ -6,6 +6,7 @@ could not be pickled.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import act_on_rows
+from lorakit.core.recompute import marked
+from lorakit.core.route import Routing
 from lorakit.core.sites import ADAPTERS
-from lorakit.core.state import Adapters, Routing, State, attached_to, claim, require_unmerged, state_of
+from lorakit.core.state import Adapters, State, attached_to, claim, require_unmerged, state_of
 from lorakit.errors import BadRouting
 
 What = str | None | Sequence[str | None] | Mapping[str, float]
@@ -28,6 +31,7 @@ class use:  # noqa: N801 - a verb that is also a context manager, like torch.no_
 
     `what` is an adapter's name; None for the base; a list with one name (or None) a row of the batch; or a mapping of
     names to weights, which gives y0 + sum of w_i (delta_i(y0) - y0) at each site. Trainability does not change.
+    Without a block the switch stays. While a block is open, other threads are refused the model.
 
     Raises:
         NoSuchAdapter: a name that is not attached.
@@ -59,9 +63,9 @@ class use:  # noqa: N801 - a verb that is also a context manager, like torch.no_
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._state.owner = self._owner
-        before = self._before
-        gone = before is not None and not set(before.names) <= set(self._state.attached)
-        route(self._model, None if gone else before)
+        if self._state.attached:
+            before = self._before
+            route(self._model, None if before is None else before.among(tuple(self._state.attached)))
 
 
 def routing_for(model: nn.Module, what: What) -> Routing | None:
@@ -70,7 +74,7 @@ def routing_for(model: nn.Module, what: What) -> Routing | None:
         return None
     if isinstance(what, str):
         attached_to(model, what)
-        return Routing((what,), used=(what,))
+        return Routing((what,))
     if not what:
         raise BadRouting("use needs at least one adapter: a name, a list with one entry a row, or {name: weight}")
     if isinstance(what, Mapping):
@@ -81,8 +85,9 @@ def routing_for(model: nn.Module, what: What) -> Routing | None:
 def _mixture(model: nn.Module, weights: Mapping[str, float]) -> Routing:
     for name in weights:
         attached_to(model, name)
-    names = tuple(weights)
-    return Routing(names, used=names, weights_N=torch.tensor([float(weight) for weight in weights.values()]))
+    if not all(math.isfinite(weight) for weight in weights.values()):
+        raise BadRouting(f"the weights of a mixture have to be finite numbers, not {dict(weights)}")
+    return Routing(tuple(weights), weights=tuple(float(weight) for weight in weights.values()))
 
 
 def _by_row(model: nn.Module, rows: Sequence[str | None]) -> Routing:
@@ -90,15 +95,13 @@ def _by_row(model: nn.Module, rows: Sequence[str | None]) -> Routing:
         if name is not None:
             attached_to(model, name)
     names = tuple(state_of(model).attached)  # all of them: another assignment of rows changes no compiled code
-    numbers = [-1 if name is None else names.index(name) for name in rows]
-    used = tuple(name for name in names if name in rows)
-    return Routing(names, used=used, rows_B=torch.tensor(numbers))
+    return Routing(names, rows=tuple(-1 if name is None else names.index(name) for name in rows))
 
 
 def route(model: nn.Module, routing: Routing | None) -> None:
     """Set the model's routing; with rows, `generate` repeats them for its beams."""
     state_of(model).routing = routing
-    by_row = routing is not None and routing.rows_B is not None
+    by_row = routing is not None and routing.rows is not None
     if by_row and callable(getattr(type(model), "generate", None)):
         model.__dict__["generate"] = partial(_generate_by_row, model)
     else:
@@ -106,22 +109,34 @@ def route(model: nn.Module, routing: Routing | None) -> None:
 
 
 def _generate_by_row(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    state = state_of(model)
-    state.repeats_rows = True
+    state, config = state_of(model), kwargs.get("generation_config") or cast(Any, model).generation_config
+    told = (kwargs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
+    beams, sequences = told
+    state.repeats = beams if beams > 1 else sequences
     try:
         return cast(Any, type(model)).generate(model, *args, **kwargs)
     finally:
-        state.repeats_rows = False
+        state.repeats = 1
 
 
-def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
     """The forward hook: the module's output as the adapters in force change it."""
     adapters = cast(Adapters, module._modules[ADAPTERS])
-    routing = adapters.state.routing_now(module.training)
-    if routing is None:
-        return None
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return _changed(adapters, adapters.state.routing, args, kwargs, y)
+    state = adapters.state
+    claim(state, recomputing=torch._C._current_graph_task_id() != -1)
+    routing = state.recomputation.routing(state.routing, adapters, training=module.training)
+    if routing is not None:
         adapters.acted.update(routing.used)
+    return marked(_changed(adapters, routing, args, kwargs, y), routing)
+
+
+def _changed(
+    adapters: Adapters, routing: Routing | None, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+) -> Tensor:
+    if routing is None:
+        return y
     x = args[0] if args else next(iter(kwargs.values()))
     if routing.rows_B is not None:
         return _on_rows(adapters, routing, x, y)
@@ -154,8 +169,8 @@ def _fit_rows(state: State, rows_B: Tensor, y: Tensor) -> Tensor:
     size, have = y.shape[0], rows_B.shape[0]
     if size == have:
         return rows_B
-    if state.repeats_rows and size % have == 0:
-        return rows_B.repeat_interleave(size // have)
+    if size == have * state.repeats:
+        return rows_B.repeat_interleave(state.repeats)
     raise BadRouting(
         f"use(model, [...]) names {have} rows but a layer's input has {size}; give one name a row (None for the base), "
         "and no targets in layers whose first dimension is not the batch"

@@ -7,16 +7,16 @@ The root module holds one `State`; every adapted module holds an `Adapters` chil
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import quote
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.plan import Plan
+from lorakit.core.recompute import Recomputation
+from lorakit.core.route import Routing, key_of
 from lorakit.core.sites import ADAPTERS
 from lorakit.errors import BadState, NoSuchAdapter, nearest
 
@@ -26,33 +26,6 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_lorakit"
 
 
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """Which adapters act on which rows.
-
-    One adapter for the whole batch (`names` alone), a weighted mixture (`weights_N` beside `names`), or one adapter a
-    row: `rows_B` numbers the entry of `names` for each row, -1 for the base; `used` are the names that stand in rows.
-    """
-
-    names: tuple[str, ...]
-    used: tuple[str, ...]
-    weights_N: Tensor | None = None
-    rows_B: Tensor | None = None
-    keys: tuple[str, ...] = field(init=False)  # the names as module names, computed once
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keys", tuple(key_of(name) for name in self.names))
-
-
-def same_routing(one: Routing | None, other: Routing | None) -> bool:
-    """Whether two routings send every row the same way."""
-    if one is other or one is None or other is None:
-        return one is other
-    pairs = ((one.weights_N, other.weights_N), (one.rows_B, other.rows_B))
-    same = all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-    return one.names == other.names and same
-
-
 @dataclass
 class Attached:
     """One attached adapter: the method that made it and the plan it was resolved to."""
@@ -60,7 +33,6 @@ class Attached:
     method: Method
     plan: Plan
     trainable: bool
-    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,36 +45,13 @@ class State:
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module path -> its weights, while merged
     merged: str = ""  # what is merged, in words
     attributes: dict[str, Any] = field(default_factory=dict)  # the model's own, where ours stand in for them
-    repeats_rows: bool = False  # inside `generate`, which repeats each row for its beams
+    repeats: int = 1  # how often `generate` repeats each row, while it runs
     owner: int | None = None  # the thread whose `with use(...)` is open
-    pending: list[Routing | None] = field(default_factory=list)  # routings of training forwards since a recomputation
-    recomputed: bool = False
+    recomputation: Recomputation = field(default_factory=Recomputation)
 
-    def routing_now(self, training: bool) -> Routing | None:
-        """The routing for this call; a recomputed forward gets the one that it first ran with.
-
-        Gradient checkpointing runs a forward again inside `backward`, when another `use` may be in force. Training
-        forwards are noted; if they all had one routing, the recomputation uses it, otherwise it raises.
-        """
-        if torch.compiler.is_compiling():
-            return self.routing
-        if torch._C._current_graph_task_id() == -1:
-            if training:
-                self._note()
-            return self.routing
-        self.recomputed = True
-        if len(self.pending) > 1:
-            raise BadState(
-                "gradient checkpointing recomputes forwards that ran under different adapters; call backward() "
-                "before the next use(...), or put the adapters in one batch with use(model, [row, row, ...])"
-            )
-        return self.pending[0] if self.pending else self.routing
-
-    def _note(self) -> None:
-        if self.recomputed:
-            self.recomputed, self.pending = False, []
-        if len(self.pending) < 2 and not any(same_routing(noted, self.routing) for noted in self.pending):
-            self.pending.append(self.routing)
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is in nobody's block and awaits no backward."""
+        return self.__dict__ | {"owner": None, "recomputation": Recomputation()}
 
 
 class Adapters(nn.Module):
@@ -142,7 +91,7 @@ class Adapters(nn.Module):
         """Whether an adapter has deltas here that no forward used: not seen to act, no gradient, never stepped."""
         deltas = self.deltas(name)
         graded = any(parameter.grad is not None for delta in deltas for parameter in delta.parameters())
-        stepped = self.versions.get(name) != _version(deltas)
+        stepped = _version(deltas) > self.versions.get(name, 0)  # a copy begins at 0 again
         return bool(deltas) and name not in self.acted and not graded and not stepped
 
     def remove(self, name: str) -> None:
@@ -155,16 +104,6 @@ class Adapters(nn.Module):
 def _version(deltas: list[Delta]) -> int:
     """A number that grows with every change in place, such as an optimiser's step."""
     return sum(parameter._version for delta in deltas for parameter in delta.parameters())
-
-
-def key_of(name: str) -> str:
-    """Encode any adapter name as a module name (no dots, no clash with a method of `nn.Module`).
-
-    >>> key_of("reviews"), key_of("v1.2"), key_of("train")
-    ('reviews', 'v1%2E2', 'train%')
-    """
-    key = quote(name, safe=" ").replace(".", "%2E")
-    return f"{key}%" if hasattr(Adapters, key) or key in ("training", "state", "acted", "versions") else key
 
 
 def state_of(model: nn.Module) -> State:
@@ -242,10 +181,7 @@ def require_unmerged(state: State, verb: str) -> None:
         raise BadState(f"{verb} is not possible while {state.merged} is merged; call unmerge(model) first")
 
 
-def claim(state: State) -> None:
-    """Refuse a second thread while a `with use(...)` of another is open."""
-    if state.owner not in (None, threading.get_ident()):
+def claim(state: State, *, recomputing: bool = False) -> None:
+    """Refuse a second thread while a `with use(...)` of another is open (backward has threads of its own)."""
+    if state.owner is not None and not recomputing and state.owner != threading.get_ident():
         raise BadState("another thread has this model in a `with use(...)` block; give each thread a model of its own")
-
-
-ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]

@@ -23,13 +23,14 @@ class AdapterSummary:
     method: str
     rows: tuple[tuple[str, int, str, str, int], ...]  # role or kind, sites, shape, rank and scale, parameters
     parameters: int
+    stored: int  # numbers in the saved file (slices of one fused layer are written as a block)
     trainable: int
     resting: tuple[str, ...]  # layers whose delta has not acted since attaching
 
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the tensors in the saved file (float32), header not counted."""
-        return self.parameters * FLOAT
+        return self.stored * FLOAT
 
     @property
     def bytes_in_optimiser(self) -> int:
@@ -97,11 +98,14 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
         key = (delta.placement.role, _shape(model, delta.placement), _size(delta.placement))
         groups.setdefault(key, []).append(sum(p.numel() for p in delta.parameters()))
     own = [p for delta in deltas for p in delta.parameters()]
+    whole = [p for delta in deltas if not delta.placement.rank for p in delta.parameters()]
+    stored = [*record.method.to_peft(deltas)[1].values(), *whole]
     return AdapterSummary(
         name=name,
         method=record.method.name,
         rows=tuple((role, len(counts), shape, rank, sum(counts)) for (role, shape, rank), counts in groups.items()),
         parameters=sum(p.numel() for p in own),
+        stored=sum(tensor.numel() for tensor in stored),
         trainable=sum(p.numel() for p in own if p.requires_grad),
         resting=tuple(idle(model, name)),
     )

@@ -6,9 +6,9 @@ Legend: B batch, T tokens, I in, O out, R rank, N adapters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +61,21 @@ class LoRA(Method):
             value = getattr(self, name)
             split = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
             object.__setattr__(self, name, tuple(part for part in split if part))
-        if not 0 <= self.dropout < 1:
-            raise BadMethod(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        for rank in (self.rank, *self.ranks.values()):
-            if rank < 1:
-                raise BadMethod(f"rank must be at least 1, not {rank}")
+        faults = [f"{name}={value!r} must be {wanted}" for name, value, wanted, ok in self._rules() if not ok]
+        if faults:
+            raise BadMethod(f"LoRA cannot be built so: {'; '.join(faults)}")
         registry.find("lorakit.inits", self.init)
+
+    def _rules(self) -> Iterator[tuple[str, object, str, bool]]:
+        for rank in (self.rank, *self.ranks.values()):
+            yield "rank", rank, "a whole number of at least 1", isinstance(rank, int) and rank >= 1
+        for alpha in (self.alpha, *self.alphas.values()):
+            yield "alpha", alpha, "a finite number", isinstance(alpha, int | float) and math.isfinite(alpha)
+        yield "dropout", self.dropout, "at least 0 and below 1", 0 <= self.dropout < 1
+        yield "scaling", self.scaling, f"one of {get_args(Scaling)}", self.scaling in get_args(Scaling)
+        yield "bias", self.bias, f"one of {get_args(BiasMode)}", self.bias in get_args(BiasMode)
+        something = bool(self.targets or self.train or self.bias == "all")
+        yield "targets", self.targets, "roles, groups or globs, at least one", something
 
     def plan(self, model: nn.Module) -> Plan:
         """One low-rank placement a site, then biases, then modules trained whole."""
@@ -76,12 +85,13 @@ class LoRA(Method):
             self._placement(site, int(rank or self.rank), self.alpha if alpha is None else float(alpha))
             for site, rank, alpha in zip(sites, ranks, alphas, strict=True)
         ]
-        biases = bias_placements(model, self.bias, (placement.path for placement in low))
         whole = module_placements(model, self.train)
-        both = {placement.path for placement in whole} & {placement.path for placement in [*low, *biases]}
+        paths = {placement.path for placement in whole}
+        both = paths & {placement.path for placement in low}
         if both:
-            raise BadMethod(f"{min(both)} is adapted and trained whole at once; take it out of targets, bias or train")
-        return (*low, *biases, *whole)
+            raise BadMethod(f"{min(both)} is adapted and trained whole at once; take it out of targets or train")
+        biases = bias_placements(model, self.bias, (placement.path for placement in low))
+        return (*low, *(placement for placement in biases if placement.path not in paths), *whole)
 
     def _sites(self, model: nn.Module) -> list[Site]:
         sites = resolve(model, self.targets)
