@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorakit as lk
-from lorakit.cli import main
+from lorakit.cli import _show, main
+from lorakit.core import files
 from tests.data.conftest import made
 from tests.tiny import tiny
 
@@ -35,6 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = " ".join(drawn.choices(WORDS, k=4))
             rows.writerow([f"{text} {number}", "good" if "good" in text else "bad"])
     assert main(words(folder, "adapter")) == 0
+    assert main(words(folder, "classifier", base="encoder")) == 0
     return folder
 
 
@@ -65,6 +68,7 @@ def test_a_toml_file_says_what_flags_say(place: Path, tmp_path: Path) -> None:
         f"""
         base = "{place / "base"}"
         out = "{place / "by-toml"}"
+        resume = false
         [data]
         source = "{place / "rows.csv"}"
         context = "text"
@@ -134,7 +138,6 @@ def test_inspect_says_what_is_in_a_folder(place: Path, capsys: pytest.CaptureFix
 
 
 def test_an_encoder_learns_to_classify_and_saves_its_head(place: Path) -> None:
-    assert main(words(place, "classifier", base="encoder")) == 0
     assert any("classifier" in key for key in load_file(place / "classifier" / "adapter_model.safetensors"))
     found = json.loads((place / "classifier" / "results.json").read_text())
     assert main(["eval", str(place / "classifier"), "--json"]) == 0
@@ -156,12 +159,24 @@ BAD: list[tuple[list[str], str]] = [
     (["{train}", "--method.rank", "many", "--out", "{new}"], "method.rank"),
     (["{train}", "--method", "lara", "--out", "{new}"], "did you mean lora"),
     (["{train}", "--train.max_length", "1", "--out", "{new}"], "max_length"),
+    (["{train}", "--train.seed", "-1", "--out", "{new}"], "seed=-1"),
+    (["{train}", "--evaluate.batch_size", "0", "--out", "{new}"], "batch_size=0 must be at least 1"),
+    (["{train}", "--base", "{encoder}", "--evaluate.measures", "perplexity", "--out", "{new}"], "no language-model"),
+    (["{train}", "--base", "{encoder}", "--evaluate.measures", "exact_match", "--out", "{new}"], "neither writes"),
+    (["{train}", "--config", "{nowhere}", "--out", "{new}"], "of --config cannot be read"),
     (["{train}", "--out", "{adapter}"], "holds another run"),
     (["{train}", "--out", "{adapter}", "--resume", "--train.learning_rate", "0.5"], "learning_rate"),
     (["eval", "{nowhere}"], "no such folder"),
     (["eval", "{adapter}", "--base", "{encoder}"], "no layer"),
+    (["eval", "{adapter}", "--data.test_examples", "0"], "test_examples=0"),
+    (["eval", "{adapter}", "--data.contxt", "text"], "did you mean --data.context"),
     (["merge", "{adapter}", "--out", "{base}"], "exists already"),
     (["generate", "{adapter}"], "no prompt"),
+    (["generate", "{classifier}", "--prompt", "a"], "has no language-model head"),
+    (["generate", "{adapter}", "--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens=0"),
+    (["generate", "{adapter}", "--prompt", "a", "--max_new_tokens", "64"], "no room for a prompt"),
+    (["generate", "{adapter}", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+    (["generate", "{adapter}", "--prompt", "a", "--seed", "99999999999999999999"], "seed=99999999999999999999"),
 ]  # fmt: skip
 
 
@@ -172,7 +187,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     monkeypatch.setattr("sys.stdin", iter(()))
     (place / "empty.csv").write_text("")
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    named = {name: str(place / name) for name in ("base", "encoder", "adapter", "nowhere", "new")}
+    named = {name: str(place / name) for name in ("base", "encoder", "adapter", "classifier", "nowhere", "new")}
     named |= {"rows": str(place / "rows.csv"), "empty": str(place / "empty.csv")}
     start = words(place, "")
     del start[start.index("--out") : start.index("--out") + 2]
@@ -183,6 +198,93 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert sentence in told[-1]
     assert not (place / "new").exists()
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_eval_takes_the_recorded_data_but_for_what_is_given(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = (place / "rows.csv").read_text().replace("verdict", "judged")
+    (place / "renamed.csv").write_text(rows)
+    (place / "other.csv").write_text((place / "rows.csv").read_text())
+    assert main(["eval", str(place / "adapter"), "--data", str(place / "other.csv"), "--data.test_examples", "3"]) == 0
+    assert "3 test examples of" in " ".join(capsys.readouterr().out.split())
+    renamed = ["eval", str(place / "adapter"), f"--data={place / 'renamed.csv'}"]
+    assert main(renamed) == 2
+    assert main([*renamed, "--data.label", "judged"]) == 0
+
+
+def test_the_adapters_tensors_are_read_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, real = [], files.read
+    monkeypatch.setattr(files, "read", lambda folder: reads.append(folder) or real(folder))
+    assert main(["eval", str(place / "adapter")]) == 0
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("record", ["{", "[]", "{}", '{"run": {"data": {"sauce": 1}}}', '{"run": {"data": [1]}}',
+                                    '{"run": {"data": {"source": "reviews", "seeds": 1}}}'])  # fmt: skip
+def test_a_damaged_record_is_one_sentence(place: Path, record: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (place / "damaged").mkdir(exist_ok=True)
+        (place / "damaged" / name).write_bytes((place / "adapter" / name).read_bytes())
+    (place / "damaged" / "run.json").write_text(record)
+    assert main(["eval", str(place / "damaged")]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+TOML: list[tuple[bytes, str]] = [
+    (b"[method]\nname = 3", "nothing called '3'"),
+    (b'method = "lara"', "did you mean lora"),
+    (b'data = "revews"', "did you mean reviews"),
+    (b'base = "\xe9"', "not TOML in UTF-8"),
+    (b"base = ", "not TOML in UTF-8"),
+    (b"[train]\nlearning_rat = 1", "did you mean --train.learning_rate"),
+    (b"[trian]\nsteps = 1", "no option --trian"),
+    (b"resum = false", "did you mean --resume"),
+    (b"[train]\nsteps = true", "train.steps"),
+]
+
+
+@pytest.mark.parametrize(("content", "sentence"), TOML, ids=[sentence for _, sentence in TOML])
+def test_a_mistake_in_a_toml_file_is_one_sentence(
+    content: bytes, sentence: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+    told = [] if content.startswith(b"data") else ["--data", "reviews"]
+    command = ["train", "--base", str(place / "base"), "--out", str(tmp_path / "new"), *told]
+    assert main([*command, "--config", str(tmp_path / "run.toml")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lorakit: ") and sentence in error
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_texts_of_a_run_are_cut_to_what_the_model_can_read(place: Path, tmp_path: Path) -> None:
+    tiny("gpt2", vocab_size=400).save_pretrained(tmp_path / "gpt2")
+    made().save_pretrained(tmp_path / "gpt2")
+    long = "".join(f"{'good' * (n % 2)} {'film ' * 200}{n},{'good' if n % 2 else 'bad'}\n" for n in range(24))
+    (tmp_path / "rows.csv").write_text("text,verdict\n" + long)
+    shutil.copytree(place / "encoder", tmp_path / "encoder")
+    for base in ("gpt2", "encoder"):
+        told = ["--data.context", "text", "--data.label", "verdict", "--train.steps", "1", "--train.batch_size", "2"]
+        source = ["--base", str(tmp_path / base), "--data", str(tmp_path / "rows.csv"), *told]
+        assert main(["train", *source, "--train.max_length", "4096", "--out", str(tmp_path / f"on-{base}")]) == 0
+    assert main(["generate", str(tmp_path / "on-gpt2"), "--prompt", "film " * 300, "--max_new_tokens", "4"]) == 0
+
+
+def test_a_run_in_the_folder_one_stands_in_is_named_after_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*words(place, ""), "--out", "."]) == 0
+    assert main(["inspect", "."]) == 0
+
+
+def test_what_is_printed_is_the_text_as_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "he said [/i] so :smile: [bold] " + "a fine film " * 3
+    assert main(["generate", str(place / "adapter"), "--prompt", prompt * 2, "--max_new_tokens", "1"]) == 0
+    assert prompt * 2 in capsys.readouterr().out
+    _show.table("[/b]", ["[/i]"], [["he said [/i] so :smile:"]])
+    _show.say(f"  lorakit train --out {'x' * 200} [/i] :smile:")
+    told = capsys.readouterr().out
+    assert "[/b]" in told and "he said [/i] so :smile:" in told
+    assert f"  lorakit train --out {'x' * 200} [/i] :smile:\n" in told
 
 
 def test_debug_shows_where_a_mistake_was_found() -> None:

@@ -26,7 +26,7 @@ def test_a_batch_holds_its_examples() -> None:
         assert batch.ids_BT[row, length:].tolist() == [7] * (4 - length)
         assert batch.attention_BT[row].tolist() == [1] * length + [0] * (4 - length)
         assert batch.labels_BT[row, example.start : length].tolist() == list(example.ids[example.start :])
-    assert batch.labelled == sum(len(example.ids) - example.start for example in ENCODED)
+    assert int((batch.labels_BT != -100).sum()) == sum(len(example.ids) - example.start for example in ENCODED)
     assert batch.classes_B is not None
     assert batch.classes_B.tolist() == [1, 0, 1]
     assert {tensor.dtype for tensor in (batch.ids_BT, batch.attention_BT, batch.labels_BT)} == {torch.int64}

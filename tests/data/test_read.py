@@ -101,3 +101,9 @@ def test_an_absent_file_names_its_neighbours(tmp_path: Path) -> None:
         rows(tmp_path / "pair.csv")
     with pytest.raises(BadData, match="is a folder"):
         rows(tmp_path)
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"text\n{'a' * 200_000}\n")
+    (row,) = rows(tmp_path / "long.csv")
+    assert len(row.cells["text"]) == 200_000

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import lorakit as lk
 from lorakit import evaluate
 from lorakit.data.examples import Example
-from lorakit.errors import BadData
+from lorakit.errors import BadData, BadModel
 from lorakit.evaluate import scores
 from tests.tiny import tiny
 
@@ -141,7 +141,7 @@ def test_drawn_texts_depend_on_the_seed_and_leave_the_random_state_alone() -> No
     assert draw(1) == draw(1) != draw(2)
     assert torch.equal(state, torch.get_rng_state())
     with pytest.raises(BadData, match="prompt is empty"):
-        evaluate.generate_texts(model, tokenizer(), [""])
+        evaluate.generate_texts(model, tokenizer(), [""], max_new_tokens=8)
 
 
 def test_neighbouring_rows_write_with_their_own_adapters() -> None:
@@ -187,3 +187,21 @@ def test_base_and_adapter_stand_side_by_side_and_the_model_stays_as_it_was() -> 
     assert found["base"] == pytest.approx(evaluate.perplexity(tiny("llama"), tokenizer(), examples([" good", " bad"])))
     assert found["base"] != found["adapter"]
     assert modes == [module.training for module in model.modules()]
+
+
+def test_texts_longer_than_the_model_reads_are_cut() -> None:
+    long = [Example("a fine film " * 20, " a", 0), Example("so", " b", 1)]
+    model = adapted("gpt2")
+    assert 0 <= evaluate.label_accuracy(model, tokenizer(), long, ["a", "b"]) <= 1
+    assert math.isfinite(evaluate.perplexity(model, tokenizer(), long))
+    assert 0 <= evaluate.exact_match(model, tokenizer(), long, max_new_tokens=3) <= 1
+    for family in ("bert", "roberta"):
+        assert 0 <= evaluate.classification_accuracy(tiny(family, labels=2), tokenizer(), long) <= 1
+
+
+def test_a_classifier_writes_nothing() -> None:
+    model = tiny("bert", labels=2)
+    with pytest.raises(BadModel, match="no language-model head"):
+        evaluate.perplexity(model, tokenizer(), examples(["a", "b"]))
+    with pytest.raises(BadModel, match="no language-model head"):
+        evaluate.generate_texts(model, tokenizer(), ["a"])

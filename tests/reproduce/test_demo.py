@@ -51,12 +51,16 @@ def test_the_demo_on_a_tiny_model(
     monkeypatch.setattr(demo, "BASE", str(tmp_path / "base"))
     monkeypatch.setattr(demo, "FULL", demo.Sizes(train=16, test=8, writer_train=16, written=4, timed_tokens=2))
     out = tmp_path / "demo"
-    for _ in range(2):  # the second run replaces what the first left
+    for _ in range(2):  # the second run replaces what the first left, and nothing else
         assert main(["demo", "--out", str(out)]) == 0
+        (out / "rank4").mkdir(exist_ok=True)
+        (out / "rank4" / "results.json").write_text("hours of work")
+    assert (out / "rank4" / "results.json").read_text() == "hours of work"
     results = check(out)
     assert results["quick"] is False
     told = capsys.readouterr().out
     assert "the base" in told and "writer" in told and "lorakit generate" in told
+    assert f"--out {tmp_path / 'reviews-rank4'}\n" in told
     assert len(json.loads((out / "reviews.json").read_text())) == 4
 
 
@@ -67,6 +71,25 @@ def test_the_demo_refuses_a_folder_that_holds_something_else(
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "not a demo's" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3", "[]", '"demo"', "\xff"])
+def test_the_demo_refuses_damaged_results_and_files(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(content, encoding="latin-1")
+    for out in (tmp_path, tmp_path / "results.json"):
+        assert main(["demo", "--out", str(out)]) == 2
+        assert "not a demo's" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text(encoding="latin-1") == content
+
+
+def test_the_demo_clears_nothing_before_its_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "results.json").write_text('{"demo": "full"}')
+    monkeypatch.setattr(demo, "BASE", str(tmp_path / "nowhere"))
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "results.json").read_text() == '{"demo": "full"}' and (tmp_path / "reviews").is_dir()
 
 
 @pytest.mark.slow

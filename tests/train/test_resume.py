@@ -127,6 +127,26 @@ def test_a_finished_run_resumes_to_itself(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == list(range(1, 13))
 
 
+def test_a_finished_run_without_checkpoints_on_the_way_is_not_trained_again(tmp_path: Path) -> None:
+    model = run(tmp_path, checkpoint_every=0)
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    steps = train.run(
+        other := adapted(), feed(), replace(SETTINGS, checkpoint_every=0), name="a", out=tmp_path, resume=True
+    )
+    assert list(steps) == [] and same(model, other)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_run_can_be_resumed_under_another_name(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "stopped", stop_after=5)
+    (tmp_path / "stopped").rename(tmp_path / "renamed")
+    resumed = adapted(name="renamed")
+    list(train.run(resumed, feed(), SETTINGS, name="renamed", out=tmp_path / "renamed", resume=True))
+    found = adapter_tensors(resumed, "renamed")
+    assert all(torch.equal(found[key], value) for key, value in bits(whole).items())
+
+
 def test_resuming_where_nothing_was_starts_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path / "new", stop_after=1)
     assert not caplog.text

@@ -214,6 +214,8 @@ def test_a_loss_that_is_no_number_changes_nothing() -> None:
 def test_bad_settings_are_all_named() -> None:
     with pytest.raises(LorakitError, match=r"steps=0 .*learning_rate=-1.*accumulate=0.*clip_norm=-2"):
         Train(steps=0, learning_rate=-1, accumulate=0, clip_norm=-2)
+    with pytest.raises(LorakitError, match=r"epochs=inf .*learning_rate=nan .*seed=-1 "):
+        Train(epochs=float("inf"), learning_rate=float("nan"), seed=-1)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_towards_zero() -> None:

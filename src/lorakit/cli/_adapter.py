@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lorakit import models
 from lorakit.core import files
 from lorakit.core.files import load
+from lorakit.data import Data
 from lorakit.errors import LorakitError
+from lorakit.reproduce.run import RUN
 
 
 def base_of(adapter: Path, base: str | None) -> str:
@@ -18,8 +22,7 @@ def base_of(adapter: Path, base: str | None) -> str:
     Raises:
         LorakitError: neither does.
     """
-    config, _, _ = files.read(adapter)
-    found = base or config.get("base_model_name_or_path")
+    found = base or _described(adapter)[0].get("base_model_name_or_path")
     if not found:
         raise LorakitError(f"{adapter} does not say which base it belongs to; name it with --base")
     return str(found)
@@ -27,13 +30,38 @@ def base_of(adapter: Path, base: str | None) -> str:
 
 def loaded(adapter: Path, base: str | None) -> tuple[Any, Any, str]:
     """The base, its tokenizer, and the name under which the adapter is attached to it."""
-    _, header, _ = files.read(adapter)
-    labels = (header or {}).get("base", {}).get("labels") or None
+    labels = _described(adapter)[1].get("base", {}).get("labels") or None
     model, tokenizer = models.load(base_of(adapter, base), labels=labels)
     return model, tokenizer, load(model, adapter)
 
 
-def recorded(adapter: Path, key: str) -> dict[str, Any]:
-    """An entry of the run that made the adapter, or nothing where there is no record."""
-    path = adapter / "run.json"
-    return dict(json.loads(path.read_text())["run"].get(key, {})) if path.is_file() else {}
+def _described(adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """PEFT's config and our header, without the tensors."""
+    try:
+        with safe_open(adapter / files.TENSORS, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("lorakit", "{}"))
+        config = adapter / files.CONFIG
+        return json.loads(config.read_bytes()) if config.is_file() else {}, header
+    except (SafetensorError, ValueError, OSError):
+        config_read, header_read, _ = files.read(adapter)  # which says what is wrong
+        return config_read, header_read or {}
+
+
+def data_of(adapter: Path, given: dict[str, Any]) -> Data:
+    """The data that the adapter was trained on, with the given values in place of those recorded.
+
+    Raises:
+        LorakitError: nothing says which data, or the record is damaged.
+    """
+    path = adapter / RUN
+    try:
+        told = json.loads(path.read_bytes())["run"]["data"] if path.is_file() else {}
+        told = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()} | given
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LorakitError(f"{path} is damaged ({error!r}); remove it, and name the data with --data") from error
+    if "source" not in told:
+        raise LorakitError(f"{adapter} has no {RUN} that names its data; give --data")
+    try:
+        return Data(**told)
+    except TypeError as error:
+        raise LorakitError(f"{path} is damaged: {error}; remove it, and name the data with --data") from error

@@ -1,18 +1,22 @@
 """From a dataclass to flags, help and a TOML file, and back to the dataclass.
 
 Each field is a flag of its name, dotted below the field that holds it (`--train.learning_rate`); the comment at the end
-of its line is its help. A field whose metadata says `positional` is given without a flag.
+of its line is its help. A field whose metadata says `positional` is given without a flag; one whose metadata names a
+dataclass that it `overrides` has that dataclass's flags and holds those that were given. A TOML file is read as the
+flags that say the same.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import inspect
+import json
 import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -24,25 +28,26 @@ from lorakit.errors import LorakitError, nearest
 from lorakit.methods import DEFAULT
 
 METHODS = "lorakit.methods"
+OVERRIDES = "overrides"  # of a field's metadata: the dataclass whose given values it holds
 METHOD = "name"  # the field that chooses the dataclass where several are possible
 NAMES = tuple[str, ...]
 _COMMENT = re.compile(r"^\s+(\w+): [^#\n]*#\s*(.+)$", re.MULTILINE)
 
 
 def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
-    """Fill the dataclass `kind` from words and from the TOML file after --config; None when help was shown.
+    """Fill the dataclass `kind` from the TOML file after --config and from words, which win; None: help was shown.
 
     Raises:
         LorakitError: a word, key or value that is not a field's.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    words = [_spelled_out(kind, word) for word in words]
+    words = [_spelled_out(kind, word) for word in [*_in_file(kind, words), *words]]
     parser = ArgumentParser(prog=f"lorakit {verb}", description=title, exit_on_error=False, parser_mode="toml")
-    parser.add_argument("--config", action="config", help="a TOML file with the same names")
+    parser.add_argument("--config", type=str, help="a TOML file with the same names")
     chosen = _chosen_method(words)
-    for path, field, hint, kind_of in _leaves(kind, chosen):
-        _add(parser, path, field, hint, help_of(kind_of).get(field.name, ""))
+    for path, leaf in _leaves(kind, chosen):
+        _add(parser, path, leaf)
     if Method in _hints(kind).values():
         named = ", ".join(registry.names(METHODS))
         parser.add_argument(f"--method.{METHOD}", type=str, default=chosen.name, help=f"one of: {named}")
@@ -53,7 +58,7 @@ def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
         found = parser.parse_args(_known(parser, words))
     except ArgumentError as error:
         raise LorakitError(_sentence(error, parser)) from error
-    return _build(kind, chosen, found.as_dict())
+    return kind(**_values(kind, chosen, found.as_dict()))
 
 
 def help_of(kind: type) -> dict[str, str]:
@@ -75,66 +80,126 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _fields(kind: type, chosen: type[Method]) -> Iterator[tuple[Field[Any], Any]]:
+def _fields(kind: type, chosen: type[Method] | None = None) -> Iterator[tuple[Field[Any], Any]]:
     for field in fields(kind):
-        hint = _hints(kind)[field.name]
-        yield field, chosen if hint is Method else hint
+        hint = field.metadata.get(OVERRIDES) or _hints(kind)[field.name]
+        yield field, chosen if chosen and hint is Method else hint
 
 
-def _leaves(kind: type, chosen: type[Method], prefix: str = "") -> Iterator[tuple[str, Field[Any], Any, type]]:
+def _is_part(hint: Any) -> bool:
+    """Whether a field of this type holds a dataclass, and so stands for that dataclass's flags."""
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A field that is one flag."""
+
+    field: Field[Any]
+    hint: Any
+    text: str
+    optional: bool  # whether its default is not to be seen: it says what was given, and nothing else
+
+
+def _leaves(
+    kind: type, chosen: type[Method], prefix: str = "", *, optional: bool = False
+) -> Iterator[tuple[str, _Leaf]]:
+    texts = help_of(kind)
     for field, hint in _fields(kind, chosen):
         path = f"{prefix}{field.name}"
-        if is_dataclass(hint) and isinstance(hint, type):
-            yield from _leaves(hint, chosen, f"{path}.")
+        if _is_part(hint):
+            yield from _leaves(hint, chosen, f"{path}.", optional=optional or OVERRIDES in field.metadata)
         else:
-            yield path, field, hint, kind
+            yield path, _Leaf(field, hint, texts.get(field.name, ""), optional)
 
 
-def _add(parser: Any, path: str, field: Field[Any], hint: Any, text: str) -> None:
-    hint = hint | str if hint == NAMES else hint  # names may be separated by commas, too
+def _add(parser: Any, path: str, leaf: _Leaf) -> None:
+    field, text = leaf.field, leaf.text
+    hint = leaf.hint | str if leaf.hint == NAMES else leaf.hint  # names may be separated by commas, too
     if field.metadata.get("positional"):
         parser.add_argument(path, type=hint, help=text, **field.metadata.get("options", {}))
     elif hint is bool:
         parser.add_argument(f"--{path}", action="store_true", help=text)
     else:
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        given = {"required": True} if default is MISSING else {"default": default}
-        parser.add_argument(f"--{path}", type=hint, help=text, **given)
+        parser.add_argument(f"--{path}", type=hint, help=text, **_default(leaf))
+
+
+def _default(leaf: _Leaf) -> dict[str, Any]:
+    if leaf.optional:
+        return {"default": argparse.SUPPRESS}
+    factory = leaf.field.default_factory
+    default = leaf.field.default if factory is MISSING else factory()
+    return {"required": True} if default is MISSING else {"default": default}
+
+
+def _in_file(kind: type, words: Sequence[str]) -> Iterator[str]:
+    """What the TOML file after --config says, as words.
+
+    Raises:
+        LorakitError: a file that cannot be read, or is no TOML.
+    """
+    path = _given(words, "--config")
+    if not path:
+        return
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LorakitError(f"the file {path} of --config cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise LorakitError(f"the file {path} of --config is not TOML in UTF-8: {error}") from error
+    yield from _said(kind, table)
+
+
+def _said(kind: type, table: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
+    parts = {field.name: hint for field, hint in _fields(kind) if _is_part(hint)}
+    for key, value in table.items():
+        if isinstance(value, dict) and key in parts:
+            yield from _said(parts[key], value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
 
 
 def _spelled_out(kind: type, word: str) -> str:
     """`--data reviews` means `--data.source reviews`, `--method lora` means `--method.name lora`."""
     head, equals, value = word.partition("=")
-    for field in fields(kind):
-        hint = _hints(kind)[field.name]
-        if head == f"--{field.name}" and isinstance(hint, type) and is_dataclass(hint):
+    for field, hint in _fields(kind):
+        if head == f"--{field.name}" and _is_part(hint):
             first = METHOD if hint is Method else fields(hint)[0].name
             return f"{head}.{first}{equals}{value}"
     return word
 
 
-def _chosen_method(words: list[str]) -> type[Method]:
-    """The method that the words, or the TOML file they name, ask for."""
-    name, config = _given(words, f"--method.{METHOD}"), _given(words, "--config")
-    if name is None and config and Path(config).is_file():
-        with contextlib.suppress(tomllib.TOMLDecodeError, AttributeError):
-            name = tomllib.loads(Path(config).read_text()).get("method", {}).get(METHOD)
+def _chosen_method(words: Sequence[str]) -> type[Method]:
+    name = _given(words, f"--method.{METHOD}")
     return method_called(name) if name else DEFAULT
 
 
-def _given(words: list[str], flag: str) -> str | None:
-    joined = (word.partition("=")[2] for word in words if word.startswith(f"{flag}="))
-    return next(joined, None) or next((after for word, after in pairwise(words) if word == flag), None)
+def _given(words: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag."""
+    found = None
+    for word, after in pairwise([*words, ""]):
+        head, equals, value = word.partition("=")
+        if head == flag:
+            found = value if equals else after
+    return found
 
 
-def _known(parser: Any, words: list[str]) -> list[str]:
-    """The words, after a check of the flags that gives the nearest name (the parser's own message does not)."""
-    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+def _known(parser: Any, words: Sequence[str]) -> list[str]:
+    """The words, after a check of the flags that gives the nearest name (the parser's own message does not).
+
+    A switch may have its value spelled out, as in a file: `--json=true`.
+    """
+    is_switch = {flag: action.nargs == 0 for action in parser._actions for flag in action.option_strings}
+    known = []
     for word in words:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and flag not in flags:
-            raise LorakitError(f"there is no option {flag}; {nearest(flag, flags)}")
-    return words
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag not in is_switch:
+            raise LorakitError(f"there is no option {flag}; {nearest(flag, is_switch)}")
+        if is_switch.get(flag) and value in ("true", "false"):
+            known += [flag] if value == "true" else []
+        else:
+            known.append(word)
+    return known
 
 
 def _sentence(error: Exception, parser: Any) -> str:
@@ -142,13 +207,15 @@ def _sentence(error: Exception, parser: Any) -> str:
     return f"{text[:1].lower()}{text[1:]}; see {parser.prog} --help"
 
 
-def _build(kind: type, chosen: type[Method], values: Mapping[str, Any]) -> Any:
+def _values(kind: type, chosen: type[Method], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields, out of what the parser found."""
     given: dict[str, Any] = {}
     for field, hint in _fields(kind, chosen):
-        value = values.get(field.name)
-        if is_dataclass(hint) and isinstance(hint, type):
-            given[field.name] = _build(hint, chosen, value or {})
-        elif field.name in values:
+        value = found.get(field.name)
+        if _is_part(hint):
+            below = _values(hint, chosen, value or {})
+            given[field.name] = below if OVERRIDES in field.metadata else hint(**below)
+        elif field.name in found:
             value = value.split(",") if hint == NAMES and isinstance(value, str) else value
             given[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**given)
+    return given

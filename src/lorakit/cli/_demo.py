@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lorakit.cli._show import console, size, table
+from rich.text import Text
+
+from lorakit.cli._show import console, say, size, table
 from lorakit.reproduce import demo
 from lorakit.reproduce.run import Outcome
 from lorakit.train import Step, show
@@ -42,7 +46,7 @@ def _shown(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def _head(text: str) -> None:
-    console.print(f"\n[bold cyan]{text}[/bold cyan]")
+    say(Text(f"\n{text}", style="bold cyan"))
 
 
 def _short(text: str, width: int = SHORT) -> str:
@@ -53,29 +57,27 @@ def _short(text: str, width: int = SHORT) -> str:
 def _labelled(outcome: Outcome) -> None:
     before, after = (outcome.results[side]["accuracy"] for side in ("base", "adapter"))
     count = outcome.results["trainable_parameters"]
-    console.print(
-        f"{count:,} trained numbers took the accuracy on {len(outcome.data.test):,} unseen reviews "
-        f"from [bold]{before:.3f}[/bold] to [bold]{after:.3f}[/bold]."
-    )
+    told = f"{count:,} trained numbers took the accuracy on {len(outcome.data.test):,} unseen reviews from "
+    say(Text.assemble(told, (f"{before:.3f}", "bold"), " to ", (f"{after:.3f}", "bold"), "."))
 
 
 def _reviews(reviews: list[demo.Review]) -> None:
     right = sum(review.asked == review.labelled for review in reviews)
     shown = [[review.asked, review.labelled, _short(review.text, 84)] for review in reviews[:6]]
     table("", ["asked for", "labelled", "what it wrote"], shown, texts=3)
-    console.print(f"The first adapter labels {right} of {len(reviews)} written reviews as they were asked for.")
+    say(f"The first adapter labels {right} of {len(reviews)} written reviews as they were asked for.")
 
 
 def _folded(found: Mapping[str, Any]) -> None:
     kept = "every bit is as it was" if found["unmerge_bit_exact"] else "BITS HAVE CHANGED"
-    console.print(
+    say(
         f"Merged, the logits differ from the attached model's by at most {found['merged_max_logit_difference']:.1e}, "
         f"and no adapter code runs. Unmerged, {kept}."
     )
 
 
 def _results(found: Mapping[str, Any]) -> None:
-    console.print()
+    say()
     speeds = " / ".join(f"{value:.1f}" for value in found["milliseconds_per_token"].values())
     table(
         "What you have now" + (" (a quick run: few examples, so the numbers are rough)" if found["quick"] else ""),
@@ -96,6 +98,8 @@ def _results(found: Mapping[str, Any]) -> None:
 
 
 def _next(out: str) -> None:
-    console.print(f"{out} holds both adapters, loss.png, metrics.jsonl, reviews.json and results.json. Try next:")
-    console.print(f"  lorakit generate {out}/writer --prompt $'Write a positive movie review.\\nReview:' --beside_base")
-    console.print(f"  lorakit train --base smollm2-135m --data reviews --method.rank 4 --out {out}/rank4")
+    writer = shlex.quote(os.path.join(out, demo.WRITER))
+    beside = shlex.quote(os.path.normpath(os.path.join(out, os.pardir, "reviews-rank4")))
+    say(f"{out} holds both adapters, loss.png, metrics.jsonl, reviews.json and results.json. Try next:")
+    say(f"  lorakit generate {writer} --prompt $'Write a positive movie review.\\nReview:' --beside_base")
+    say(f"  lorakit train --base {demo.BASE} --data reviews --method.rank 4 --out {beside}")

@@ -8,10 +8,16 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lorakit.core.summary import size
 
-console = Console(highlight=False)
+console = Console(markup=False, emoji=False, highlight=False)  # a model's text is shown as it is
+
+
+def say(text: str | Text = "") -> None:
+    """Print prose or a command; only a terminal breaks its lines, so that it can be copied whole."""
+    console.print(text, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> None:
@@ -41,4 +47,4 @@ def number_of(value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
 
 
-__all__ = ["console", "number_of", "sides", "size", "table"]
+__all__ = ["console", "number_of", "say", "sides", "size", "table"]

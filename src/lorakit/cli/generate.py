@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from lorakit.cli._adapter import loaded
-from lorakit.cli._show import console
 from lorakit.errors import LorakitError
 from lorakit.evaluate import compare, generate_texts
+from lorakit.train.settings import check, counts, seed_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,14 @@ class Options:
     seed: int = 0  # of the drawing
     beside_base: bool = False  # show what the base writes, too
 
+    def __post_init__(self) -> None:
+        warmth = ("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
+        check("generate with", [*counts(max_new_tokens=self.max_new_tokens), warmth, seed_rule(self.seed)])
+
 
 def main(options: Options) -> None:
     """Print what is written after each prompt."""
-    prompts = [options.prompt] if options.prompt else [line.rstrip("\n") for line in sys.stdin]
+    prompts = [options.prompt] if options.prompt is not None else [line.rstrip("\n") for line in sys.stdin]
     if not any(prompts):
         raise LorakitError("there is no prompt; give --prompt, or lines on standard input")
     model, tokenizer, name = loaded(Path(options.adapter), options.base)
@@ -41,4 +46,4 @@ def main(options: Options) -> None:
     for number, prompt in enumerate(prompts):
         for side, texts in found.items():
             lead = f"[{side}] " if options.beside_base else ""
-            console.print(f"{lead}{prompt}{texts[number]}", markup=False)
+            print(f"{lead}{prompt}{texts[number]}")

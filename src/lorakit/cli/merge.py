@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from lorakit import models
 from lorakit.cli._adapter import base_of
-from lorakit.cli._show import console, size
+from lorakit.cli._show import console, say, size
 from lorakit.interop import merge_checkpoint
 
 
@@ -34,4 +34,4 @@ def main(options: Options) -> None:
             watch=lambda name, number, total: progress.update(task, completed=number, total=total),
         )  # fmt: skip
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    console.print(f"{out} holds the merged model ({size(weights)}); AutoModel.from_pretrained({str(out)!r}) loads it")
+    say(f"{out} holds the merged model ({size(weights)}); AutoModel.from_pretrained({str(out)!r}) loads it")

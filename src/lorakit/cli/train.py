@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, fields
 
-from lorakit.cli._show import console, sides, size, table
+from lorakit.cli._show import say, sides, size, table
+from lorakit.reproduce.measures import classifies
 from lorakit.reproduce.run import Run, carry_out
 from lorakit.train import show
 
@@ -34,5 +36,8 @@ def main(options: Options) -> None:
             ["tokens/s", told["tokens_per_second"]],
         ],
     )
-    console.print(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json")
-    console.print(f"try: lorakit generate {run.out} --prompt '...'    lorakit merge {run.out} --out {run.out}-merged")
+    out = shlex.quote(run.out)
+    use = f"eval {out}" if classifies(outcome.model) else f"generate {out} --prompt '...'"
+    say(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json. Try next:")
+    say(f"  lorakit {use}")
+    say(f"  lorakit merge {out} --out {shlex.quote(f'{run.out}-merged')}")

@@ -28,11 +28,6 @@ class Batch:
     labels_BT: Tensor  # int64, -100 where nothing is to be learned
     classes_B: Tensor | None  # int64, for classification
 
-    @property
-    def labelled(self) -> int:
-        """How many tokens are to be predicted."""
-        return int((self.labels_BT != UNLABELLED).sum())
-
 
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """Put examples into one batch.

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from lorakit.errors import BadData, MissingPackage, nearest
 
+LONGEST_CELL = 2**31 - 1  # characters; the most that every platform takes
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -73,6 +75,7 @@ def _tab_rows(path: Path) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_CELL)  # 131,072 unless told
     with _open(path) as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] = []

@@ -13,6 +13,7 @@ from lorakit.data.tokens import encode_texts
 from lorakit.errors import BadData
 from lorakit.evaluate import metrics
 from lorakit.evaluate.setting import evaluating
+from lorakit.models import longest
 
 
 def classification_accuracy(
@@ -26,7 +27,7 @@ def classification_accuracy(
     wanted = [example.label for example in examples]
     if not examples or None in wanted:
         raise BadData("a classifier's accuracy needs examples, each with the number of its label; give a label column")
-    encoded = encode_texts(examples, tokenizer, max_length)
+    encoded = encode_texts(examples, tokenizer, min(max_length, longest(model)))
     by_length = sorted(range(len(encoded)), key=lambda number: len(encoded[number].ids))
     predicted = [-1] * len(encoded)
     with evaluating(model):

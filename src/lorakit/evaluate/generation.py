@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from lorakit.data.examples import Example
 from lorakit.data.tokens import encode
 from lorakit.errors import BadData
 from lorakit.evaluate import metrics
-from lorakit.evaluate.setting import evaluating
+from lorakit.evaluate.setting import evaluating, require_writer
+from lorakit.models import longest
 
 
 def generate_texts(
@@ -29,8 +29,14 @@ def generate_texts(
     """What the model writes after each prompt, in the prompts' order; at temperature 0 always the likeliest token.
 
     Above 0 each token is drawn from the whole distribution, the same one for the same seed and batch size. Under
-    `use(model, [...])`, one adapter a row, give as many prompts as rows and a batch size that holds them all.
+    `use(model, [...])`, one adapter a row, give as many prompts as rows and a batch size that holds them all. A prompt
+    that leaves no room for the new tokens is cut on the left.
+
+    Raises:
+        BadModel: the model has no language-model head.
+        BadData: an empty prompt, or more new tokens than the model has positions.
     """
+    require_writer(model)
     texts: list[str] = []
     device = model.device
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -52,7 +58,11 @@ def exact_match(
 def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, temperature: float) -> list[str]:
     from transformers import GenerationConfig
 
-    ids_BT, attention_BT = _padded_left(tokenizer, prompts)
+    room = longest(model) - max_new_tokens
+    if room < 1:
+        raise BadData(f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model's positions reach "
+                      f"{longest(model)} tokens")  # fmt: skip
+    ids_BT, attention_BT = _padded_left(tokenizer, prompts, room)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -66,9 +76,9 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: in
     return list(tokenizer.batch_decode(written[:, ids_BT.shape[1] :], skip_special_tokens=True))
 
 
-def _padded_left(tokenizer: Any, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def _padded_left(tokenizer: Any, prompts: list[str], room: int) -> tuple[Tensor, Tensor]:
     """Token ids, made as those of a training context are, and attention."""
-    encoded = encode([Example(prompt, "") for prompt in prompts], tokenizer, sys.maxsize, with_eos=False)
+    encoded = encode([Example(prompt, "") for prompt in prompts], tokenizer, room, with_eos=False)
     if not all(example.ids for example in encoded):
         raise BadData("a prompt is empty, and this tokenizer has no token that begins a text; give it a word to start")
     width = max(len(example.ids) for example in encoded)

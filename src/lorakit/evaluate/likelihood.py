@@ -13,6 +13,7 @@ from lorakit.data.tokens import Encoded, encode
 from lorakit.errors import BadData
 from lorakit.evaluate import metrics
 from lorakit.evaluate.scores import Request, log_probabilities
+from lorakit.models import longest
 
 
 def label_accuracy(
@@ -52,7 +53,7 @@ def label_scores(
     Labels that share their input share its forward pass: one pass a context when every label is one token.
     """
     pairs = [Example(context, label) for context in contexts for label in labels]
-    encoded = encode(pairs, tokenizer, max_length, with_eos=False)
+    encoded = encode(pairs, tokenizer, min(max_length, longest(model)), with_eos=False)
     requests, owners = _shared([encoded[i : i + len(labels)] for i in range(0, len(pairs), len(labels))])
     scores = torch.zeros(len(pairs), dtype=torch.float64)
     for owned, values in zip(owners, log_probabilities(model, requests, batch_size), strict=True):
@@ -65,7 +66,7 @@ def perplexity(
     model: Any, tokenizer: Any, examples: Sequence[Example], *, batch_size: int = 8, max_length: int = 512
 ) -> float:
     """The exponential of the mean negative log-likelihood of the target tokens, the end of the text among them."""
-    requests = [_request(encoded) for encoded in encode(examples, tokenizer, max_length)]
+    requests = [_request(encoded) for encoded in encode(examples, tokenizer, min(max_length, longest(model)))]
     found = log_probabilities(model, requests, batch_size)
     return metrics.perplexity([value for values in found for value in values])
 

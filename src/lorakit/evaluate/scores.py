@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from lorakit.evaluate.setting import evaluating
+from lorakit.evaluate.setting import evaluating, require_writer
 
 _CHUNK_ROWS = 256
 
@@ -33,7 +33,11 @@ def log_probabilities(model: Any, requests: Sequence[Request], batch_size: int) 
     """The natural log-probability of each wanted token, request by request.
 
     Requests of like length share a batch, padded on the right, so that padding costs little and changes nothing.
+
+    Raises:
+        BadModel: the model has no language-model head.
     """
+    require_writer(model)
     found: list[list[float]] = [[] for _ in requests]
     by_length = sorted(range(len(requests)), key=lambda number: len(requests[number].ids))
     with evaluating(model):

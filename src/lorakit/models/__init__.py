@@ -5,5 +5,6 @@ from __future__ import annotations
 from lorakit.models.cache import cache_folder
 from lorakit.models.gguf import convert
 from lorakit.models.loading import folder, load, writes
+from lorakit.models.longest import longest
 
-__all__ = ["cache_folder", "convert", "folder", "load", "writes"]
+__all__ = ["cache_folder", "convert", "folder", "load", "longest", "writes"]

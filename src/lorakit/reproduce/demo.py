@@ -25,6 +25,8 @@ from lorakit.train import Train, draw
 
 BASE = "smollm2-135m"
 LABELLER, WRITER = "reviews", "writer"
+METRICS, REVIEWS, CURVE = "metrics.jsonl", "reviews.json", "loss.png"
+FILES = (RESULTS, METRICS, REVIEWS, CURVE)
 TEMPERATURE = 0.5  # of the written reviews
 
 
@@ -64,24 +66,29 @@ class Review:
 
 
 def begin(out: str | Path, *, quick: bool = False) -> Demo:
-    """Load the base and clear what an earlier demo left in `out`.
+    """Load the base and clear what an earlier demo left in `out`, and nothing else.
 
     Raises:
-        OutputExists: the folder holds something else.
+        OutputExists: `out` is a file, or a folder that holds something else.
     """
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        if not _is_demo(folder):
-            raise OutputExists(f"{folder} holds something that is not a demo's; name another folder with --out")
-        shutil.rmtree(folder)
-    write_files(folder, {RESULTS: as_json({"demo": "not finished"})})
+    if folder.exists() and not _is_free(folder):
+        raise OutputExists(f"{folder} is, or holds, something that is not a demo's; name another folder with --out")
     model, tokenizer = models.load(BASE)
+    for name in (LABELLER, WRITER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    write_files(folder, {RESULTS: as_json({"demo": "not finished"})})
     return Demo(model, tokenizer, folder, QUICK if quick else FULL, quick)
 
 
-def _is_demo(folder: Path) -> bool:
-    path = folder / RESULTS
-    return path.is_file() and "demo" in json.loads(path.read_text())
+def _is_free(place: Path) -> bool:
+    """Whether it is an empty folder or one that a demo made."""
+    try:
+        return not any(place.iterdir()) or "demo" in dict(json.loads((place / RESULTS).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def label(demo: Demo, wrap: Wrap) -> Outcome:
@@ -199,9 +206,9 @@ def finish(
         demo.out,
         {
             RESULTS: as_json(results),
-            "metrics.jsonl": (demo.out / LABELLER / "metrics.jsonl").read_bytes(),
-            "reviews.json": as_json([vars(review) for review in reviews]),
+            METRICS: (demo.out / LABELLER / METRICS).read_bytes(),
+            REVIEWS: as_json([vars(review) for review in reviews]),
         },
     )
-    draw(demo.out / LABELLER, demo.out / "loss.png")
+    draw(demo.out / LABELLER, demo.out / CURVE)
     return results

@@ -10,6 +10,7 @@ from lorakit import evaluate
 from lorakit.core.routing import What
 from lorakit.data import Dataset
 from lorakit.errors import BadData, UnknownName, nearest
+from lorakit.train.settings import check, counts
 
 Measure = Callable[[Any, Any, Dataset, "Evaluate"], float]
 
@@ -29,6 +30,8 @@ class Evaluate:
         for name in self.measures:
             if name not in MEASURES:
                 raise UnknownName(f"there is no measure called {name!r}; {nearest(name, MEASURES)}")
+        sizes = {"batch_size": self.batch_size, "max_length": self.max_length, "max_new_tokens": self.max_new_tokens}
+        check("evaluate with", counts(**sizes))
 
 
 def _accuracy(model: Any, tokenizer: Any, data: Dataset, settings: Evaluate) -> float:

@@ -15,12 +15,14 @@ import torch
 import lorakit as lk
 from lorakit import models
 from lorakit.core.atomic import write_files
+from lorakit.core.files import TENSORS
 from lorakit.core.method import Method
 from lorakit.data import Data, Dataset, collate, encode, encode_texts, open_data, order
 from lorakit.errors import BadMethod
 from lorakit.methods import DEFAULT
 from lorakit.reproduce.measures import Evaluate, classifies, compare
-from lorakit.train import Feed, Step, Train, draw, run
+from lorakit.train import Feed, Step, Train, draw, heads, run
+from lorakit.train.metrics import read as read_metrics
 from lorakit.version import VERSION
 
 RUN, RESULTS = "run.json", "results.json"
@@ -78,33 +80,46 @@ def adapt(
     resume: bool = False,
     wrap: Wrap = lambda steps: steps,
 ) -> Outcome:
-    """Attach, measure, train, measure again, and save adapter, metrics, loss curve and results in `out`.
+    """Attach, measure, train, save adapter and loss curve in `out`, measure again and write the results there.
 
-    Where the data has no test examples, nothing is measured.
+    Where the data has no test examples, nothing is measured. A finished run that is resumed keeps its results.
     """
-    out, name = Path(run_.out), Path(run_.out).name
+    out, name = Path(run_.out), Path(run_.out).resolve().name
     torch.manual_seed(run_.train.seed)
     lk.attach(model, with_head(model, run_.method), name)
     steps = run(model, feed(model, tokenizer, data, run_.train), run_.train, name=name, out=out, resume=resume)
-    before = compare(model, tokenizer, data, run_.evaluate, {"base": None}) if data.test else {}
-    taken = list(wrap(steps))
-    after = compare(model, tokenizer, data, run_.evaluate, {"adapter": name}) if data.test else {}
-    lk.save(model, name, out)
-    draw(out)
-    results = before | after | figures(model, name, out, taken)
-    write_files(out, {RUN: as_json({"run": run_.to_json(), "versions": versions()}), RESULTS: as_json(results)})
+    results = _results_in(out) if resume else None
+    before = compare(model, tokenizer, data, run_.evaluate, {"base": None}) if data.test and not results else {}
+    for _ in wrap(steps):
+        pass
+    if not results:
+        lk.save(model, name, out)
+        write_files(out, {RUN: as_json({"run": run_.to_json(), "versions": versions()})})
+        draw(out)
+        after = compare(model, tokenizer, data, run_.evaluate, {"adapter": name}) if data.test else {}
+        results = before | after | figures(model, name, out)
+        write_files(out, {RESULTS: as_json(results)})
     return Outcome(model, tokenizer, data, name, results)
+
+
+def _results_in(out: Path) -> dict[str, Any] | None:
+    """The results of a run that came to its end; None where it did not, or where what it left is damaged."""
+    try:
+        found = json.loads((out / RESULTS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and (out / TENSORS).is_file() else None
 
 
 def prepare(run_: Run) -> tuple[Any, Any, Dataset]:
     """The base, its tokenizer and the data; a base that writes no text gets a classification head for the labels."""
-    labels = None
-    if not models.writes(run_.base):
-        labels = len(open_data(run_.data).labels) or None
-        if labels is None:
-            raise BadMethod(f"{run_.base} writes no text, so it can only classify; give data with a label column")
-    model, tokenizer = models.load(run_.base, labels=labels, seed=run_.train.seed)
-    return model, tokenizer, open_data(run_.data, tokenizer)
+    if models.writes(run_.base):
+        model, tokenizer = models.load(run_.base)
+        return model, tokenizer, open_data(run_.data, tokenizer)
+    data = open_data(run_.data)
+    if not data.labels:
+        raise BadMethod(f"{run_.base} writes no text, so it can only classify; give data with a label column")
+    return *models.load(run_.base, labels=len(data.labels), seed=run_.train.seed), data
 
 
 def with_head(model: Any, method: Method) -> Method:
@@ -112,28 +127,27 @@ def with_head(model: Any, method: Method) -> Method:
     told = asdict(method).get("train")
     if not classifies(model) or told is None or told:
         return method
-    others = [(name, child) for name, child in model.named_children() if child is not model.base_model]
-    heads = [name for name, child in others if next(child.parameters(), None) is not None]
-    return replace(method, **{"train": tuple(heads)})
+    return replace(method, **{"train": tuple(heads(model))})
 
 
 def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train) -> Feed:
     """The training examples as token ids, in batches."""
     to_ids = encode_texts if classifies(model) else encode
-    return Feed(to_ids(data.train, tokenizer, settings.max_length), tokenizer.pad_token_id, collate, order)
+    length = min(settings.max_length, models.longest(model))
+    return Feed(to_ids(data.train, tokenizer, length), tokenizer.pad_token_id, collate, order)
 
 
-def figures(model: Any, name: str, out: Path, taken: list[Step]) -> dict[str, Any]:
-    """What the run cost: parameters, bytes, seconds and tokens."""
-    told = lk.summary(model)
-    seconds, tokens = sum(step.seconds for step in taken), sum(step.tokens for step in taken)
+def figures(model: Any, name: str, out: Path) -> dict[str, Any]:
+    """What the run cost, all its steps together: parameters, bytes, seconds and tokens."""
+    told, steps = lk.summary(model), read_metrics(out)
+    seconds, tokens = (sum(step[key] for step in steps) for key in ("seconds", "tokens"))
     return {
         "train_seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
-        "steps": taken[-1].step if taken else 0,
-        "loss": taken[-1].loss if taken else None,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "steps": steps[-1]["step"],
+        "loss": steps[-1]["loss"],
         "trainable_parameters": next(a.trainable for a in told.adapters if a.name == name),
-        "adapter_bytes": (out / "adapter_model.safetensors").stat().st_size,
+        "adapter_bytes": (out / TENSORS).stat().st_size,
         "model_bytes": told.base_bytes,
     }
 

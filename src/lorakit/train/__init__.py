@@ -5,8 +5,9 @@
 
 from lorakit.train.curve import draw
 from lorakit.train.feed import Feed
+from lorakit.train.head import heads
 from lorakit.train.loop import run
 from lorakit.train.progress import show
 from lorakit.train.settings import Step, Train
 
-__all__ = ["Feed", "Step", "Train", "draw", "run", "show"]
+__all__ = ["Feed", "Step", "Train", "draw", "heads", "run", "show"]

@@ -23,6 +23,7 @@ from lorakit.errors import BadData, BadMethod, BadState, Interrupted, LorakitErr
 from lorakit.train import checkpoint
 from lorakit.train.feed import Feed
 from lorakit.train.folder import RunFolder
+from lorakit.train.head import heads
 from lorakit.train.loss import Loss, loss_for
 from lorakit.train.settings import Step, Train, learning_rate
 from lorakit.train.surroundings import held_interrupt, seeded
@@ -112,8 +113,7 @@ def _finish(
     finally:
         if folder is not None:
             folder.record(step)
-    last = bool(loop.settings.checkpoint_every) and step.step == step.steps
-    if folder is not None and (_due(step, loop.settings.checkpoint_every) or last):
+    if folder is not None and (_due(step, loop.settings.checkpoint_every) or step.step == step.steps):
         folder.write(loop.checkpoint(step.step))
     return step
 
@@ -191,7 +191,6 @@ class _Loop:
         identity = {
             **settings,
             "steps": self.steps,
-            "adapter": self.name,
             "method": record.method.to_json(),
             "base": hashlib.sha256(base.encode()).hexdigest(),
             "data": self.feed.digest(),
@@ -216,15 +215,11 @@ def _trained(model: Any, name: str) -> dict[str, nn.Parameter]:
 
 
 def _refuse_untrained_head(model: Any, name: str) -> None:
-    heads = [
-        path
-        for path, child in model.named_children()
-        if child is not model.base_model and next(child.parameters(), None) is not None
-    ]
+    found = heads(model)
     adapted = {placement.path.split(".")[0] for placement in attached_to(model, name).plan}
-    if heads and not adapted.intersection(heads):
+    if found and not adapted.intersection(found):
         raise BadMethod(f"the adapter {name!r} leaves the classifier's head untrained; name it among the modules "
-                        f"that the method trains whole: train=({heads[-1]!r},)")  # fmt: skip
+                        f"that the method trains whole: train=({found[-1]!r},)")  # fmt: skip
 
 
 def _nothing_labelled(number: int, examples: list[int]) -> BadData:

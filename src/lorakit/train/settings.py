@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorakit.errors import LorakitError
+
+Rule = tuple[str, object, str, bool]  # a setting, its value, what it must be, whether it is that
+LARGEST_SEED = 2**63 - 1
+
+
+def check(purpose: str, rules: Iterable[Rule]) -> None:
+    """Refuse settings that break their rules, all in one sentence.
+
+    >>> check("train with", [("steps", 0, "at least 1", False)])
+    Traceback (most recent call last):
+    lorakit.errors.LorakitError: there is no way to train with these settings: steps=0 must be at least 1
+    """
+    if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
+        raise LorakitError(f"there is no way to {purpose} these settings: {'; '.join(faults)}")
+
+
+def counts(**values: int) -> list[Rule]:
+    """The rule of whole numbers that must be 1 or more."""
+    return [(name, value, "at least 1", value >= 1) for name, value in values.items()]
+
+
+def seed_rule(seed: int) -> Rule:
+    """The rule of a seed: what PyTorch takes."""
+    return ("seed", seed, f"from 0 to {LARGEST_SEED}", 0 <= seed <= LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +55,22 @@ class Train:
     clip_norm: float = 1.0  # longest gradient; 0 never clips
     seed: int = 0  # governs data order and dropout
     max_length: int = 512  # tokens of one example
-    checkpoint_every: int = 0  # steps between checkpoints; 0 writes one only when the run is interrupted
+    checkpoint_every: int = 0  # steps between checkpoints; 0 writes only the last, or where the run is interrupted
     evaluate_every: int = 0  # steps between evaluations; 0 evaluates only after the last step
 
     def __post_init__(self) -> None:
-        faults = [f"{name}={value!r} must be {wanted}" for name, value, wanted, ok in self._rules() if not ok]
-        if faults:
-            raise LorakitError(f"these settings cannot be trained with: {'; '.join(faults)}")
+        check("train with", self._rules())
 
-    def _rules(self) -> list[tuple[str, object, str, bool]]:
-        counts = {"batch_size": self.batch_size, "accumulate": self.accumulate, "max_length": self.max_length}
+    def _rules(self) -> list[Rule]:
         intervals = {"checkpoint_every": self.checkpoint_every, "evaluate_every": self.evaluate_every}
         amounts = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm, **intervals}
         return [
             ("steps", self.steps, "at least 1, or left out", self.steps is None or self.steps >= 1),
-            ("epochs", self.epochs, "above 0", self.epochs > 0),
-            ("learning_rate", self.learning_rate, "above 0", self.learning_rate > 0),
+            ("epochs", self.epochs, "above 0", 0 < self.epochs < math.inf),
+            ("learning_rate", self.learning_rate, "above 0", 0 < self.learning_rate < math.inf),
             ("warmup_share", self.warmup_share, "from 0 to 1", 0 <= self.warmup_share <= 1),
-            *((name, value, "at least 1", value >= 1) for name, value in counts.items()),
+            *counts(batch_size=self.batch_size, accumulate=self.accumulate, max_length=self.max_length),
+            seed_rule(self.seed),
             *((name, value, "0 or more", value >= 0) for name, value in amounts.items()),
         ]
 

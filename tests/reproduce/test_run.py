@@ -1,0 +1,92 @@
+"""What a run leaves behind when it ends, when it is stopped, and when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.data import Data
+from lorakit.reproduce import run as module
+from lorakit.reproduce.run import Run, carry_out
+from lorakit.train import Train
+from tests.data.conftest import made
+from tests.tiny import tiny
+
+
+@pytest.fixture
+def declared(tmp_path: Path) -> Run:
+    for name, family in (("base", "llama"), ("encoder", "bert")):
+        tiny(family, vocab_size=400).save_pretrained(tmp_path / name)
+        made().save_pretrained(tmp_path / name)
+    rows = "".join(f"a {'good' * (n % 2)} film {n},{'good' if n % 2 else 'bad'}\n" for n in range(40))
+    (tmp_path / "rows.csv").write_text("text,verdict\n" + rows)
+    data = Data(source=str(tmp_path / "rows.csv"), context="text", label="verdict")
+    return Run(base=str(tmp_path / "base"), data=data, out=str(tmp_path / "out"), train=Train(steps=6, batch_size=4))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_after(count: int) -> Any:
+    def wrap(steps: Any) -> Any:
+        for step in steps:
+            yield step
+            if step.step == count:
+                steps.throw(KeyboardInterrupt())
+
+    return wrap
+
+
+def test_the_adapter_is_saved_before_it_is_measured(declared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(model: Any, tokenizer: Any, data: Any, settings: Any, sides: Any) -> Any:
+        if "adapter" in sides:
+            raise KeyboardInterrupt
+        return {"base": {"accuracy": 0.5}}
+
+    out = Path(declared.out)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "compare", compare)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(declared)
+    assert {"adapter_model.safetensors", "loss.png", "run.json", "metrics.jsonl"} <= contents(out).keys()
+    assert not (out / "results.json").exists()
+    saved = (out / "adapter_model.safetensors").read_bytes()
+    found = carry_out(declared, resume=True).results
+    assert found["steps"] == 6 and 0 <= found["adapter"]["accuracy"] <= 1
+    assert (out / "adapter_model.safetensors").read_bytes() == saved
+
+
+def test_a_finished_run_keeps_all_it_has_when_it_is_resumed(declared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = carry_out(declared)
+    before = contents(Path(declared.out))
+    monkeypatch.setattr(module, "compare", None)  # nothing is measured again
+    assert carry_out(declared, resume=True).results == whole.results
+    assert contents(Path(declared.out)) == before
+
+
+def test_the_results_of_a_resumed_run_are_those_of_all_its_steps(declared: Run) -> None:
+    whole = carry_out(replace(declared, out=f"{declared.out}-whole")).results
+    with pytest.raises(Exception, match="stopped after step 4"):
+        carry_out(declared, wrap=stop_after(4))
+    shutil.move(declared.out, f"{declared.out}-moved")
+    moved = replace(declared, out=f"{declared.out}-moved")
+    found = carry_out(moved, resume=True).results
+    rows = [json.loads(line) for line in (Path(moved.out) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert found["train_seconds"] == pytest.approx(sum(row["seconds"] for row in rows), abs=0.01)
+    assert (found["steps"], found["loss"], found["adapter"]) == (6, whole["loss"], whole["adapter"])
+
+
+def test_the_data_is_read_once(declared: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "test.csv").write_text("text,verdict\na film 1,bad\na film 2,good\n")
+    data = replace(declared.data, test=str(tmp_path / "test.csv"))
+    with caplog.at_level(logging.WARNING):
+        module.prepare(replace(declared, base=str(tmp_path / "encoder"), data=data))
+    assert caplog.text.count("are left out") == 1
