@@ -18,7 +18,7 @@ import lorakit as lk
 from lorakit.core import atomic, files
 from lorakit.core.state import adapter_tensors
 from lorakit.errors import BadAdapterFile, LorakitError, NeverActed
-from tests.laws.cases import adapted, bits, every_case, every_dtype, output, same_bits, scramble
+from tests.laws.cases import adapted, bits, close, every_case, every_dtype, output, same_bits, scramble
 from tests.tiny import tiny
 
 TENSORS = "adapter_model.safetensors"
@@ -197,3 +197,180 @@ def test_a_delta_that_never_acted_is_an_error_at_save(tmp_path: Path) -> None:
     assert "1 layers have not acted yet, first spare" in str(lk.summary(model))
     with pytest.raises(NeverActed, match="spare"):
         lk.save(model, "default", tmp_path / "a")
+
+
+def _rewritten(folder: Path, change) -> None:
+    """The folder again, with another header."""
+    with files.safe_open(folder / TENSORS, framework="pt") as file:
+        header = change(json.loads(file.metadata()["lorakit"]))
+    save_file(load_file(folder / TENSORS), folder / TENSORS, metadata={"lorakit": json.dumps(header)})
+
+
+def _with(*place: str | int, **values: object):
+    """A change of a header: the entries `values` of what is found at `place`; those set to ... are taken out."""
+
+    def change(header: dict) -> dict:
+        found = header
+        for step in place:
+            found = found[step]
+        found.update(values)
+        for key in [key for key, value in values.items() if value is ...]:
+            del found[key]
+        return header
+
+    return change
+
+
+SAMPLE = ("base", "samples", "transformer.h.0.attn.c_attn")
+HOSTILE = {
+    "no object": (lambda _: [1], "header is not a JSON object"),
+    "null": (lambda _: None, "header is not a JSON object"),
+    "no plan": (_with(plan=...), "has no plan"),
+    "no method": (_with(method=...), "has no method"),
+    "no base": (_with(base=...), "has no base"),
+    "plan no list": (_with(plan={}), "bad plan"),
+    "format text": (_with(format="1"), "bad format"),
+    "format true": (_with(format=True), "bad format"),
+    "format 0": (_with(format=0), "bad format"),
+    "format huge": (_with(format=10**30), "newer lorakit"),
+    "method unknown": (_with("method", name="nothing"), "nothing called 'nothing'"),
+    "method no text": (_with("method", name=["lora"]), "method"),
+    "method field": (_with("method", colour=3), "unknown entry 'colour'"),
+    "method type": (_with("method", rank="8"), "bad rank: '8'"),
+    "method value": (_with("method", dropout=3.0), "dropout"),
+    "method nan": (_with("method", alpha=float("nan")), "bad alpha: nan"),
+    "method table": (_with("method", ranks={"attn.q": "x"}), "bad ranks"),
+    "entry no object": (lambda header: header | {"plan": [3]}, "entry 1 of its plan is not a JSON object"),
+    "entry key": (_with("plan", 0, colour=1), "unknown entry 'colour'"),
+    "entry short": (_with("plan", 0, path=...), "has no path"),
+    "entry path": (_with("plan", 0, path=3), "bad path: 3"),
+    "entry nowhere": (_with("plan", 0, path="h.9"), "no layer h.9"),
+    "entry root": (_with("plan", 0, path=""), "no layer"),
+    "entry kind": (_with("plan", 0, kind="other"), "bad kind: 'other'"),
+    "entry role": (_with("plan", 0, role="keys"), "role 'keys'"),
+    "entry twice": (lambda header: header | {"plan": header["plan"] + header["plan"][:1]}, "repeats attn.q"),
+    "rank huge": (_with("plan", 0, rank=10**13), "bad rank"),
+    "rank large": (_with("plan", 0, rank=2**30), "has shape"),
+    "rank other": (_with("plan", 0, rank=3), "has shape"),
+    "rank 0": (_with("plan", 0, rank=0), "rank 0"),
+    "rank true": (_with("plan", 0, rank=True), "bad rank: True"),
+    "rank fraction": (_with("plan", 0, rank=8.5), "bad rank: 8.5"),
+    "scale nan": (_with("plan", 0, scale=float("nan")), "bad scale: nan"),
+    "scale infinite": (_with("plan", 0, scale=float("inf")), "bad scale: inf"),
+    "alpha huge": (_with("plan", 0, alpha=10**400), "bad alpha"),
+    "alpha text": (_with("plan", 0, alpha="x"), "bad alpha: 'x'"),
+    "init": (_with("plan", 0, init="nothing"), "nothing called 'nothing'"),
+    "slice outside": (_with("plan", 0, slice=[80, 32, 96, 1]), "no slice (80, 32, 96, 1)"),
+    "slice wide": (_with("plan", 0, slice=[0, 32, 10**6, 1]), "no slice"),
+    "slice negative": (_with("plan", 0, slice=[-32, 32, 96, 1]), "no slice"),
+    "slice short": (_with("plan", 0, slice=[0, 32]), "bad slice"),
+    "slice text": (_with("plan", 0, slice="abcd"), "bad slice"),
+    "bias of none": (_with("plan", 0, kind="bias", slice=None, path="transformer.wte", rank=0), "has no bias"),
+    "module of none": (_with("plan", 0, kind="module", slice=None, path="transformer.h", rank=0), "no numbers"),
+    "labels": (_with("base", labels=10**9), "labels"),
+    "architecture": (_with("base", architecture=["x"]), "bad architecture"),
+    "sample no object": (_with("base", "samples", x=1), "sample of x is not a JSON object"),
+    "sample shape": (_with(*SAMPLE, shape="x"), "bad shape"),
+    "sample size": (_with(*SAMPLE, bf16="AAAA"), "c_attn is damaged"),
+    "sample letters": (_with(*SAMPLE, bf16="?"), "c_attn is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_header_that_makes_no_sense_is_refused_before_memory_is_taken(case: str, tmp_path: Path) -> None:
+    change, words = HOSTILE[case]
+    lk.save(adapted("gpt2", "lora"), "a", tmp_path / "a")
+    _rewritten(tmp_path / "a", change)
+    model = tiny("gpt2")
+    with pytest.raises(BadAdapterFile) as caught:
+        lk.load(model, tmp_path / "a")
+    assert words in str(caught.value)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_faults_of_a_header_come_together(tmp_path: Path) -> None:
+    lk.save(adapted("gpt2", "lora"), "a", tmp_path / "a")
+    _rewritten(tmp_path / "a", lambda header: _with("method", rank="x")(_with("plan", 0, scale="y")(header)))
+    with pytest.raises(BadAdapterFile) as caught:
+        lk.load(tiny("gpt2"), tmp_path / "a")
+    assert len(caught.value.faults) == 2
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "{", "[" * 100_000, "\xff"])
+def test_a_config_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+    lk.save(adapted("gpt2", "lora"), "a", tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadAdapterFile):
+        lk.load(tiny("gpt2"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
+def test_tensors_of_any_real_dtype_load(dtype: torch.dtype, tmp_path: Path) -> None:
+    lk.save(adapted("llama", "lora"), "a", tmp_path / "a")
+    _break(tmp_path / "a", lambda tensors: tensors.update({key: value.to(dtype) for key, value in tensors.items()}))
+    model = tiny("llama")
+    lk.load(model, tmp_path / "a")
+    assert all(value.dtype == torch.float32 for value in adapter_tensors(model, "a").values())
+
+
+@pytest.mark.parametrize("value", [torch.full((2,), 1e300, dtype=torch.float64), torch.ones(2, dtype=torch.complex64)])
+def test_numbers_that_float32_cannot_hold_are_refused(value: torch.Tensor, tmp_path: Path) -> None:
+    lk.save(adapted("llama", "lora"), "a", tmp_path / "a")
+    _break(tmp_path / "a", lambda tensors: tensors.update(extra=value))
+    with pytest.raises(BadAdapterFile, match="not finite"):
+        lk.load(tiny("llama"), tmp_path / "a")
+
+
+def test_a_tensor_named_twice_is_refused(tmp_path: Path) -> None:
+    lk.save(adapted("llama", "lora"), "a", tmp_path / "a")
+    key = next(iter(load_file(tmp_path / "a" / TENSORS)))
+    _break(tmp_path / "a", lambda tensors: tensors.update({key.removeprefix(files.PREFIX): tensors[key] + 1}))
+    with pytest.raises(BadAdapterFile, match="twice"):
+        lk.load(tiny("llama"), tmp_path / "a")
+
+
+def test_slices_of_alpha_0_survive(tmp_path: Path) -> None:
+    for zero in ("attn.q", "attn.v"):
+        model = tiny("gpt2")
+        lk.attach(model, lk.LoRA(rank=2, alphas={zero: 0.0}), name="a")
+        scramble(model, "a")
+        lk.save(model, "a", tmp_path / zero)
+        ours, plain = tiny("gpt2"), tiny("gpt2")
+        lk.load(ours, tmp_path / zero)
+        save_file(load_file(tmp_path / zero / TENSORS), tmp_path / zero / TENSORS)  # without our header
+        lk.load(plain, tmp_path / zero)
+        assert close(output(ours), output(model)) and close(output(plain), output(model))
+
+
+def test_files_of_an_existing_folder_are_replaced_in_order_and_a_failure_names_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("llama", "lora")
+    lk.save(model, "a", tmp_path / "a")
+    replace, replaced = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        if replaced:
+            raise OSError(errno.EIO, "Input/output error")
+        replaced.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", failing)
+    with pytest.raises(LorakitError, match=f"{TENSORS} may be new there, all else is as it was"):
+        lk.save(model, "a", tmp_path / "a")
+    assert replaced == [TENSORS]
+
+
+def test_a_new_folder_is_not_blamed_for_what_its_caller_could_not_read(tmp_path: Path) -> None:
+    def fill(error: OSError, folder: Path) -> None:
+        with atomic.new_folder(folder) as temporary:
+            error.filename = error.filename and str(error.filename).format(temporary)
+            raise error
+
+    for elsewhere in (OSError(errno.EACCES, "Permission denied", "/elsewhere/x"), OSError(errno.EIO, "Bad disk")):
+        with pytest.raises(OSError, match=elsewhere.strerror):
+            fill(elsewhere, tmp_path / "out")
+    for ours in (OSError(errno.ENOSPC, "No space"), OSError(errno.EACCES, "Permission denied", "{}/x")):
+        with pytest.raises(LorakitError, match=r"could not be written: .*; nothing was changed there"):
+            fill(ours, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakit as lk
@@ -205,3 +206,93 @@ def test_conv2d_goes_both_ways(tmp_path: Path) -> None:
     again = copy.deepcopy(base)
     lk.load(again, tmp_path / "b")
     assert close(again(x), model(x))
+
+
+def _written_by_peft(family: str, folder: Path, *, embeddings: bool | str = "auto", **fields: object) -> nn.Module:
+    """A PEFT folder with scrambled values, and the model that wrote it."""
+    theirs = get_peft_model(tiny(family), LoraConfig(r=4, **fields)).eval()
+    _scramble_peft(theirs)
+    theirs.save_pretrained(folder, save_embedding_layers=embeddings)
+    return theirs
+
+
+def _changed(folder: Path, **values: torch.Tensor) -> None:
+    """Put tensors into a PEFT folder's file, instead of what is there under their names."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | values, folder / "adapter_model.safetensors")
+
+
+COPIES = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_copies_of_the_base_are_dropped_if_they_are_equal(dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = _written_by_peft("llama", tmp_path / "a", embeddings=True, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert set(COPIES) <= set(tensors)
+    _changed(tmp_path / "a", **{key: tensors[key].to(dtype) for key in COPIES})
+    model = tiny("llama")
+    lk.load(model, tmp_path / "a", "a")
+    assert close(output(model), output(theirs))
+    assert {placement.role for placement in attached_to(model, "a").plan} == {"attn.q"}
+
+
+@pytest.mark.parametrize(("value", "words"), [(torch.zeros(64, 32), "differs"), (torch.zeros(65, 32), r"\(65, 32\)")])
+def test_a_copy_of_another_base_is_a_named_fault(value: torch.Tensor, words: str, tmp_path: Path) -> None:
+    _written_by_peft("llama", tmp_path / "a", embeddings=True, target_modules=["q_proj"])
+    _changed(tmp_path / "a", **{COPIES[1]: value})
+    with pytest.raises(BadAdapterFile, match=f"lm_head.weight is a copy of the base's weight.*{words}"):
+        lk.load(tiny("llama"), tmp_path / "a")
+
+
+def test_a_bias_is_the_adapters_only_where_it_differs(tmp_path: Path) -> None:
+    theirs = _written_by_peft("bert", tmp_path / "a", target_modules=["query"])
+    key = "encoder.layer.0.attention.self.query"
+    bias = tiny("bert").get_parameter(f"{key}.bias").detach()
+    for name, value, kinds in (("equal", bias, {"low-rank"}), ("changed", bias + 1, {"low-rank", "bias"})):
+        _changed(tmp_path / "a", **{f"base_model.model.{key}.base_layer.bias": value.clone()})
+        model = tiny("bert")
+        lk.load(model, tmp_path / "a", name)
+        assert {placement.kind for placement in attached_to(model, name).plan} == kinds
+        assert close(output(model), output(theirs)) == (name == "equal")
+
+
+def test_alpha_0_is_0(tmp_path: Path) -> None:
+    _written_by_peft("llama", tmp_path / "a", target_modules=["q_proj"], lora_alpha=0)
+    model = tiny("llama")
+    lk.load(model, tmp_path / "a")
+    assert torch.equal(output(model), output(tiny("llama")))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"lora_alpha": "x"}, "bad lora_alpha: 'x'"),
+        ({"lora_alpha": float("nan")}, "bad lora_alpha: nan"),
+        ({"rank_pattern": [1]}, "bad rank_pattern"),
+        ({"rank_pattern": {"(": 4}}, "pattern '\\(' cannot be read"),
+        ({"bias": 3}, "bad bias: 3"),
+        ({"lora_dropout": 2.0}, "dropout"),
+        ({"modules_to_save": "head"}, "bad modules_to_save"),
+        ({"peft_type": "NOTHING"}, "no method for PEFT's type 'NOTHING'"),
+        ({"peft_type": None}, "no method for PEFT's type"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_a_fault(entry: dict, words: str, tmp_path: Path) -> None:
+    _written_by_peft("llama", tmp_path / "a", target_modules=["q_proj"])
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    with pytest.raises(BadAdapterFile, match=words):
+        lk.load(tiny("llama"), tmp_path / "a")
+
+
+def test_tensors_without_rows_are_a_fault(tmp_path: Path) -> None:
+    _written_by_peft("llama", tmp_path / "a", target_modules=["q_proj"])
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for value in (torch.tensor(1.0), torch.zeros(10**9, 0), torch.zeros(0, 32)):
+        _changed(tmp_path / "a", **{key: value})
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        config["rank_pattern"] = {"layers.0.self_attn.q_proj": len(value) if value.dim() else 0}
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(BadAdapterFile):
+            lk.load(tiny("llama"), tmp_path / "a")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lorakit.errors import LorakitError
 
+ONLY_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
@@ -20,17 +22,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         LorakitError: the disk is full, or the place cannot be written; nothing is left behind.
     """
-    with _said_clearly(folder):
+    done: list[str] = []
+    with _said_clearly(folder, done):
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with _said_clearly(folder):
+        with _said_clearly(folder, done, within=temporary):
             yield temporary
+        with _said_clearly(folder, done):
             for path in temporary.rglob("*"):
                 if path.is_file():
                     _sync(path)
             os.chmod(temporary, 0o755)
             os.replace(temporary, folder)
+            done.append(folder.name)
             _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -39,21 +44,25 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write the named files into `folder`: a new folder appears whole, in an existing one each file is replaced whole.
 
+    In an existing folder all files are written beside their places first, and then renamed in the order given.
+
     Raises:
-        LorakitError: the disk is full, or the place cannot be written; what was there before is intact.
+        LorakitError: the disk is full, or the place cannot be written; the message says which files are new, if any.
     """
     if not folder.exists():
         with new_folder(folder) as temporary:
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
         return
-    with _said_clearly(folder), tempfile.TemporaryDirectory(prefix=".writing.", dir=folder) as temporary_name:
+    done: list[str] = []
+    with _said_clearly(folder, done), tempfile.TemporaryDirectory(prefix=".writing.", dir=folder) as temporary_name:
         staged = [(Path(temporary_name) / name, content) for name, content in files.items()]
         for path, content in staged:
             path.write_bytes(content)
             _sync(path)
         for path, _ in staged:
             os.replace(path, folder / path.name)
+            done.append(path.name)
         _sync(folder)
 
 
@@ -66,9 +75,22 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _said_clearly(folder: Path) -> Iterator[None]:
+def _said_clearly(folder: Path, done: list[str], *, within: Path | None = None) -> Iterator[None]:
+    """Say in a sentence that `folder` could not be written, and what was `done` before.
+
+    With `within`, a folder that the caller's own code fills, errors that come from elsewhere are let through.
+    """
     try:
         yield
     except OSError as error:
+        if within is not None and not _is_of(within, error):
+            raise
         reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error)).lower()
-        raise LorakitError(f"{folder} could not be written: {reason}; nothing was changed there") from error
+        told = f"{' and '.join(done)} may be new there, all else is as it was" if done else "nothing was changed there"
+        raise LorakitError(f"{folder} could not be written: {reason}; {told}") from error
+
+
+def _is_of(folder: Path, error: OSError) -> bool:
+    """Whether an error comes from writing into `folder`: reading never fills a disk."""
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | os.PathLike)]
+    return error.errno in ONLY_OF_WRITING or any(Path(name).is_relative_to(folder) for name in names)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,18 +21,22 @@ from torch import Tensor, nn
 
 from lorakit.core.atomic import write_files
 from lorakit.core.attach import new_deltas, put
+from lorakit.core.checked import misfits, types_of
 from lorakit.core.delta import Delta
-from lorakit.core.fingerprint import differences, fingerprint
-from lorakit.core.method import Method, method_of_peft
-from lorakit.core.plan import BIAS, LOW_RANK, MODULE, Placement, Plan
+from lorakit.core.fingerprint import differences, fingerprint, fingerprint_faults
+from lorakit.core.method import Method, method_called, method_of_peft
+from lorakit.core.plan import BIAS, LOW_RANK, MODULE, Placement, Plan, misplaced, plan_faults
 from lorakit.core.sites import modules_of
 from lorakit.core.state import Attached, attached_to, deltas_of, idle
-from lorakit.errors import BadAdapterFile, LorakitError, NeverActed, UnknownName
+from lorakit.errors import BadAdapterFile, LorakitError, NeverActed
 from lorakit.version import VERSION
+
+BaseTensor = Callable[[str], Tensor | None]  # a name -> the base's tensor of that name, if there is one
 
 log = logging.getLogger("lorakit")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = 1
+HEADER = {"format": int, "lorakit": str, "method": dict[str, Any], "plan": list[Any], "base": dict[str, Any]}
 PREFIX = "base_model.model."
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
@@ -63,7 +68,7 @@ def save(model: nn.Module, name: str, folder: str | Path) -> None:
         )
     config, tensors = record.method.to_peft(deltas)
     tensors = {PREFIX + key: _written(key, value) for key, value in (tensors | _replaced(record.plan, deltas)).items()}
-    files = {CONFIG: _config(model, record, config), TENSORS: _with_header(tensors, _header(model, record))}
+    files = {TENSORS: _with_header(tensors, _header(model, record)), CONFIG: _config(model, record, config)}
     write_files(Path(folder), files)
 
 
@@ -83,8 +88,12 @@ def _names(delta: Delta, adapted: set[str]) -> dict[str, Tensor]:
     """PEFT's names of replaced biases and modules, with our live tensors."""
     path = delta.placement.path
     if delta.placement.kind == BIAS:
-        return {f"{path}.base_layer.bias" if path in adapted else f"{path}.bias": delta.get_parameter("bias")}
+        return {_bias_name(path, adapted): delta.get_parameter("bias")}
     return {f"{path}.{key.removeprefix('twin.')}": value for key, value in delta.named_parameters()}
+
+
+def _bias_name(path: str, adapted: set[str]) -> str:
+    return f"{path}.base_layer.bias" if path in adapted else f"{path}.bias"
 
 
 def _config(model: nn.Module, record: Attached, config: dict[str, Any]) -> bytes:
@@ -170,45 +179,49 @@ def load(
         BadState: the name is taken, or an adapter is merged.
     """
     folder = Path(folder)
-    config, header, tensors = read(folder)
-    record, tensors = described(model, folder, config, header, tensors, any_base=any_base)
+    record, deltas = fitted(model, folder, read(folder), any_base=any_base)
     record.trainable = trainable
-    with torch.random.fork_rng(devices=[]):
-        deltas = list(new_deltas(model, record.method, record.plan))
-    faults = fill(record, [delta for _, delta in deltas], tensors)
-    faults += [f"{key} is not part of it" for key in sorted(tensors)]
-    if faults:
-        raise BadAdapterFile(folder, faults)
     name = name or folder.resolve().name
     put(model, name, record, deltas, active=active)
     return name
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Tensor]]:
-    """PEFT's config, our header (None in a file of PEFT's own) and the tensors without prefix.
+class Contents(NamedTuple):
+    """What an adapter folder holds; the header is None in a folder of PEFT's own, the tensors lack PEFT's prefix."""
+
+    config: dict[str, Any]
+    header: dict[str, Any] | None
+    tensors: dict[str, Tensor]
+
+
+def read(folder: Path) -> Contents:
+    """Read a folder; what it says is sound, but not yet compared with any model.
 
     Raises:
-        BadAdapterFile: no such folder, a pickle, a truncated or newer file, a value that is not finite.
+        BadAdapterFile: no such folder, a pickle, a truncated or newer file, a header that makes no sense, a value that
+            is not finite.
     """
     path = folder / TENSORS
     if not path.is_file():
         raise BadAdapterFile(folder, [_what_is_there(folder)])
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {_bare(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        config = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
+            metadata, keys = file.metadata() or {}, list(file.keys())
+            tensors = {_bare(key): file.get_tensor(key) for key in keys}
+        config = json.loads((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
         header = json.loads(metadata["lorakit"]) if "lorakit" in metadata else None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise BadAdapterFile(folder, [f"it is damaged ({error})"]) from error
-    faults = [f"{key} holds values that are not finite" for key, value in tensors.items() if not value.isfinite().all()]
-    if header is not None and header.get("format", 0) > FORMAT:
-        faults.append(f"it has format {header['format']}, this lorakit reads up to {FORMAT}; install a newer lorakit")
-    if header is None and not config:
+    faults = [f"{key} holds values that are not finite real numbers" for key, v in tensors.items() if not _is_real(v)]
+    faults += misfits(config, {}, f"its {CONFIG}")
+    faults += [] if "lorakit" not in metadata else _header_faults(header)
+    if len(tensors) < len(keys):
+        faults.append("it names a tensor twice, with and without PEFT's prefix")
+    if "lorakit" not in metadata and not config:
         faults.append(f"it has no {CONFIG}")
     if faults:
         raise BadAdapterFile(folder, faults)
-    return config, header, tensors
+    return Contents(config, header, tensors)
 
 
 def _what_is_there(folder: Path) -> str:
@@ -224,65 +237,145 @@ def _bare(key: str) -> str:
     return key.replace("_orig_mod.", "").removeprefix(PREFIX)
 
 
-def described(
+def _is_real(value: Tensor) -> bool:
+    """Whether every number stays finite as the float32 that it becomes (which 8-bit floats need to be compared)."""
+    return not value.is_complex() and bool(value.float().isfinite().all())
+
+
+def _header_faults(told: Any) -> list[str]:
+    """What is wrong with a header, whatever the model."""
+    format_ = told.get("format") if isinstance(told, dict) else None
+    if isinstance(format_, int) and format_ > FORMAT:
+        return [f"it has format {format_}, this lorakit reads up to {FORMAT}; install a newer lorakit"]
+    faults = misfits(told, HEADER, "its header", required=HEADER)
+    if faults or told["format"] < 1:
+        return faults or [f"its header has a bad format: {format_}"]
+    return _method_faults(told["method"]) + plan_faults(told["plan"]) + fingerprint_faults(told["base"])
+
+
+def _method_faults(told: Mapping[str, Any]) -> list[str]:
+    try:
+        kind = method_called(str(told.get("name")))
+        faults = misfits(told, types_of(kind) | {"name": str}, "its method", closed=True)
+        if not faults:
+            Method.from_json(told)
+    except (LorakitError, ValueError, TypeError) as error:
+        return [f"its method is refused: {error}"]
+    return faults
+
+
+def fitted(
     model: nn.Module,
     folder: Path,
-    config: Mapping[str, Any],
-    header: Mapping[str, Any] | None,
-    tensors: dict[str, Tensor],
+    found: Contents,
     *,
     any_base: bool,
-) -> tuple[Attached, dict[str, Tensor]]:
-    """The method and plan that the file tells, resolved on this model."""
-    if header is None:
-        log.warning("%s carries no fingerprint: base not verified", folder)
-        tensors, biases = _without_base_copies(model, folder, tensors)
-        method, plan = _peft_method(folder, config).from_peft(config, tensors, model)
-        known = {(placement.path, placement.kind) for placement in plan}
-        return Attached(method, (*plan, *(b for b in biases if (b.path, BIAS) not in known)), trainable=False), tensors
-    plan = tuple(Placement.from_json(each) for each in header["plan"])
-    paths = {path for path, _ in modules_of(model)}
-    faults = [f"this model has no layer {p.path}" for p in plan if p.path not in paths]
-    faults += [] if any_base else differences(header.get("base", {}), model)
-    if faults:
-        raise BadAdapterFile(folder, faults)
-    return Attached(Method.from_json(header["method"]), plan, trainable=False), tensors
+    base: BaseTensor | None = None,
+    device: str | None = None,
+) -> tuple[Attached, list[tuple[nn.Module, Delta]]]:
+    """The adapter of a folder, resolved on this model: its record, and its deltas with their values, not attached.
+
+    Args:
+        model: the base, or its skeleton on the meta device.
+        folder: where the adapter was found, for messages.
+        found: what `read` gave.
+        any_base: skip the comparison with the base it was trained on.
+        base: where the base's tensors are, if not in `model`.
+        device: where the deltas go, if not to their layers'.
+
+    Raises:
+        BadAdapterFile: every fault found.
+    """
+    with _blamed_on(folder):
+        if found.header is None:
+            record, tensors = _of_peft(model, folder, found, base or _own_tensors(model).get)
+        else:
+            record, tensors = _of_header(model, folder, found.header, any_base=any_base), dict(found.tensors)
+        return record, _filled(model, folder, record, tensors, device)
 
 
-def _peft_method(folder: Path, config: Mapping[str, Any]) -> type[Method]:
+@contextmanager
+def _blamed_on(folder: Path) -> Iterator[None]:
     try:
-        return method_of_peft(str(config.get("peft_type")))
-    except UnknownName as error:
+        yield
+    except BadAdapterFile:
+        raise
+    except LorakitError as error:
         raise BadAdapterFile(folder, [str(error)]) from error
 
 
+def _of_header(model: nn.Module, folder: Path, header: Mapping[str, Any], *, any_base: bool) -> Attached:
+    plan = tuple(Placement.from_json(each) for each in header["plan"])
+    faults = misplaced(plan, model) + ([] if any_base else differences(header["base"], model))
+    if faults:
+        raise BadAdapterFile(folder, faults)
+    return Attached(Method.from_json(header["method"]), plan, trainable=False)
+
+
+def _of_peft(model: nn.Module, folder: Path, found: Contents, base: BaseTensor) -> tuple[Attached, dict[str, Tensor]]:
+    log.warning("%s carries no fingerprint: base not verified", folder)
+    kind = method_of_peft(str(found.config.get("peft_type")))
+    method, plan = kind.from_peft(found.config, found.tensors, model)
+    kept, biases = _without_base_copies(plan, folder, found.tensors, base)
+    return Attached(method, (*plan, *biases), trainable=False), kept
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.named_parameters(remove_duplicate=False) if not value.is_meta}
+
+
 def _without_base_copies(
-    model: nn.Module, folder: Path, tensors: dict[str, Tensor]
+    plan: Plan, folder: Path, tensors: Mapping[str, Tensor], base: BaseTensor
 ) -> tuple[dict[str, Tensor], list[Placement]]:
-    """Drop copies of the base that PEFT put into the file; a changed bias becomes part of the adapter."""
-    own, kept, biases, faults = dict(model.named_parameters()), {}, [], []
+    """Drop copies of base tensors that are not the plan's; a changed bias becomes part of the adapter."""
+    planned, adapted = {(p.path, p.kind) for p in plan}, {p.path for p in plan if p.kind == LOW_RANK}
+    kept, biases, faults = {}, [], []
     for key, value in tensors.items():
-        base = own.get(key.replace(".base_layer.", "."))
-        if ".base_layer." not in key or base is None or ".lora_" in key:
+        path, _, parameter = key.replace(".base_layer.", ".").rpartition(".")
+        ours = {(path, MODULE), (path, BIAS)} if parameter == "bias" else {(path, MODULE)}
+        theirs = None if ours & planned else base(f"{path}.{parameter}")
+        if theirs is None:
             kept[key] = value
-        elif key.endswith(".bias"):
-            path, kept[key] = key.removesuffix(".base_layer.bias"), value
+        elif theirs.shape != value.shape:
+            shapes = f"has shape {tuple(value.shape)}, this model's {tuple(theirs.shape)}"
+            faults.append(f"{key} is a copy of the base's {parameter}, but {shapes}")
+        elif torch.equal(theirs.detach().cpu().to(value.dtype).float(), value.float()):
+            continue
+        elif parameter == "bias":
+            kept[_bias_name(path, adapted)] = value
             biases.append(Placement(path, "bias", BIAS))
-        elif base.shape != value.shape or not torch.equal(base.detach().cpu().to(value.dtype), value):
-            faults.append(f"{key} is a copy of the base's weight that differs from this model's")
+        else:
+            faults.append(f"{key} is a copy of the base's {parameter} that differs from this model's")
     if faults:
         raise BadAdapterFile(folder, faults)
     return kept, biases
 
 
-def fill(record: Attached, deltas: Sequence[Delta], tensors: dict[str, Tensor]) -> list[str]:
-    """Copy the tensors into the deltas, taking them out of `tensors`; return every fault."""
-    faults = record.method.read([delta for delta in deltas if delta.placement.kind == LOW_RANK], tensors)
-    adapted = {placement.path for placement in record.plan if placement.kind == LOW_RANK}
-    for delta in deltas:
-        if delta.placement.kind != LOW_RANK:
-            faults += _fill_replaced(_names(delta, adapted), tensors)
-    return faults
+def _filled(
+    model: nn.Module, folder: Path, record: Attached, tensors: dict[str, Tensor], device: str | None
+) -> list[tuple[nn.Module, Delta]]:
+    """Build the deltas with the values of `tensors`; low-rank ones take no memory before their shapes are right."""
+    low = tuple(each for each in record.plan if each.kind == LOW_RANK)
+    rest = tuple(each for each in record.plan if each.kind != LOW_RANK)
+    left = dict(tensors)
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            trial = [record.method.build(each, model.get_submodule(each.path)) for each in low]
+        faults = record.method.read(trial, left)
+        deltas = _built(model, record.method, rest, device)
+        for _, delta in deltas:
+            faults += _fill_replaced(_names(delta, {each.path for each in low}), left)
+        faults += [f"{key} is not part of it" for key in sorted(left)]
+        if faults:
+            raise BadAdapterFile(folder, faults)
+        lows = _built(model, record.method, low, device)
+    record.method.read([delta for _, delta in lows], tensors)
+    return lows + deltas
+
+
+def _built(model: nn.Module, method: Method, plan: Plan, device: str | None) -> list[tuple[nn.Module, Delta]]:
+    deltas = new_deltas(model, method, plan)
+    return [(module, delta.to_empty(device=device) if device else delta) for module, delta in deltas]
 
 
 @torch.no_grad()

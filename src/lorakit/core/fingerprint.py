@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.checked import misfits
 from lorakit.core.state import state_or_new
 
 SAMPLES = 256  # values a matrix, at fixed places
+MOST_LABELS = 2**20  # transformers names every label
 TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same base
 
 
@@ -25,6 +28,29 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
         "labels": int(getattr(getattr(model, "config", None), "num_labels", 0)) if classifies else 0,
         "samples": {path: {"shape": list(w.shape), "bf16": _encode(_sample(w))} for path, w in weights.items()},
     }
+
+
+def fingerprint_faults(told: object) -> list[str]:
+    """What is wrong with a fingerprint that a file tells, whatever the model."""
+    wanted = {"architecture": str, "labels": int, "samples": Mapping[str, Any]}
+    faults = misfits(told, wanted, "its base", required=wanted)
+    if not isinstance(told, dict) or faults:
+        return faults
+    if not 0 <= told["labels"] <= MOST_LABELS:
+        faults.append(f"its base has {told['labels']} labels")
+    for path, sample in told["samples"].items():
+        what, types = f"its base's sample of {path}", {"shape": list[int], "bf16": str}
+        bad = misfits(sample, types, what, required=types)
+        faults += bad or ([] if _is_whole(sample) else [f"{what} is damaged"])
+    return faults
+
+
+def _is_whole(sample: Mapping[str, Any]) -> bool:
+    try:
+        size = len(base64.b64decode(sample["bf16"], validate=True))
+    except ValueError:
+        return False
+    return size > 0 and size == 2 * min(SAMPLES, math.prod(sample["shape"]))
 
 
 def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Any
+from typing import Any, Final, Literal
 
-from lorakit.core.sites import Slice, slice_of
+from torch import nn
 
-LOW_RANK, BIAS, MODULE = "low-rank", "bias", "module"
+from lorakit.core.checked import misfits, types_of
+from lorakit.core.layouts import layout_of
+from lorakit.core.sites import Slice, modules_of, slice_of
+
+LOW_RANK: Final = "low-rank"
+BIAS: Final = "bias"
+MODULE: Final = "module"
+_ONCE = {"dtype": str}  # entries of older files that say nothing any more
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,12 @@ class Placement:
 
     path: str
     role: str
-    kind: str
+    kind: Literal["low-rank", "bias", "module"]
     slice: Slice | None = None
     rank: int = 0
     alpha: float = 0.0
     scale: float = 1.0
     init: str = ""
-    dtype: str = "float32"
 
     @property
     def slot(self) -> str:
@@ -41,7 +47,60 @@ class Placement:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Placement:
         """Read a placement written by `to_json`."""
-        return Placement(**{**data, "slice": slice_of(data["slice"])})
+        values = {key: value for key, value in data.items() if key not in _ONCE}
+        return Placement(**{**values, "slice": slice_of(values.get("slice"))})
 
 
 Plan = tuple[Placement, ...]
+
+
+def plan_faults(told: Sequence[object]) -> list[str]:
+    """What is wrong with a plan that a file tells, whatever the model; only a plan without faults can be read."""
+    faults: list[str] = []
+    seen: set[tuple[str, str]] = set()
+    wanted = types_of(Placement) | _ONCE
+    for number, entry in enumerate(told, 1):
+        what = f"entry {number} of its plan"
+        bad = misfits(entry, wanted, what, required=("path", "role", "kind"), closed=True)
+        if isinstance(entry, Mapping) and not bad:
+            placement = Placement.from_json(entry)
+            bad = [f"{what} {words}" for words in _senseless(placement, seen)]
+            seen.add((placement.path, placement.slot))
+        faults += bad
+    return faults
+
+
+def _senseless(placement: Placement, seen: set[tuple[str, str]]) -> Iterator[str]:
+    if placement.kind == LOW_RANK and placement.rank < 1:
+        yield f"has the rank {placement.rank}"
+    if placement.kind != LOW_RANK and placement.slice is not None:
+        yield f"gives a slice to a {placement.kind}"
+    if not placement.slot or hasattr(nn.ModuleDict(), placement.slot):
+        yield f"has the role {placement.role!r}, which no place can have"
+    if (placement.path, placement.slot) in seen:
+        yield f"repeats {placement.role} of {placement.path}"
+
+
+def misplaced(plan: Plan, model: nn.Module) -> list[str]:
+    """What of a plan this model has no place for."""
+    modules = dict(modules_of(model))
+    return [fault for each in plan if (fault := _misplaced(each, modules.get(each.path)))]
+
+
+def _misplaced(placement: Placement, module: nn.Module | None) -> str:
+    if module is None:
+        return f"this model has no layer {placement.path}"
+    own = {name for name, value in module._parameters.items() if value is not None}
+    if placement.kind == BIAS and "bias" not in own:
+        return f"{placement.path} has no bias here"
+    if placement.kind == MODULE and not own:
+        return f"{placement.path} has no numbers of its own here"
+    layout, part = layout_of(module), placement.slice
+    if part and not (layout and _is_inside(part, layout.out_features)):
+        return f"{placement.path} has no slice {astuple(part)} here"
+    return ""
+
+
+def _is_inside(part: Slice, width: int) -> bool:
+    inside = 0 <= part.start < part.start + part.size <= part.stride
+    return inside and part.count > 0 and part.stride * part.count == width

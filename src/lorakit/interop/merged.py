@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from lorakit.core import files
 from lorakit.core.atomic import new_folder
-from lorakit.core.attach import new_deltas
+from lorakit.core.attach import refuse_tied
 from lorakit.core.delta import Delta
 from lorakit.core.fingerprint import same_values
 from lorakit.core.merge import folded
-from lorakit.core.plan import MODULE
-from lorakit.errors import BadAdapterFile, BadModel, NotMergeable, OutputExists
+from lorakit.core.plan import BIAS, MODULE
+from lorakit.errors import BadAdapterFile, BadModel, LorakitError, NotMergeable, OutputExists
 from lorakit.interop.shards import INDEX, NAMES, SINGLE, Entry, entries, shards_of, write_header, write_tensor
 
 Watch = Callable[[str, int, int], None]
@@ -42,6 +43,7 @@ def merge_checkpoint(
 
     Raises:
         OutputExists: `out` is there already.
+        BadMethod: the adapter acts on one of two modules that share a weight.
         BadModel: the base lacks weights that the adapter changes, or cannot be read.
         BadAdapterFile: the adapter does not fit the base.
         NotMergeable: a delta is not a change of weights.
@@ -49,67 +51,86 @@ def merge_checkpoint(
     if out.exists():
         raise OutputExists(f"{out} exists already; name a new folder for the merged model")
     shards = {shard: entries(shard) for shard in shards_of(base)}
-    model, deltas, saved = _adapter(base, adapter, any_base=any_base)
-    job = _Job(model, deltas, saved, {key: entry for found in shards.values() for key, entry in found.items()})
+    found = files.read(adapter)
+    saved = (found.header or {}).get("base", {})
+    model = _skeleton(base, saved)
+    checkpoint = _Checkpoint(model, {key: entry for each in shards.values() for key, entry in each.items()})
+    record, deltas = files.fitted(model, adapter, found, any_base=any_base, base=checkpoint.value, device="cpu")
+    refuse_tied(model, record.plan)
+    job = _Job(checkpoint, [delta for _, delta in deltas], {} if any_base else saved.get("samples", {}))
     with new_folder(out) as folder:
         _copy_the_rest(base, folder)
         _write_config(folder, model)
         _write_shards(job, list(shards.items()), folder, watch or (lambda *_: None))
 
 
-def _adapter(base: Path, adapter: Path, *, any_base: bool) -> tuple[nn.Module, dict[str, list[Delta]], dict[str, Any]]:
-    """The base's skeleton on the meta device, and the adapter's deltas by module path, with their values."""
-    config, header, tensors = files.read(adapter)
-    saved = (header or {}).get("base", {})
-    model = _skeleton(base, saved)
-    record, tensors = files.described(model, adapter, config, header, tensors, any_base=any_base)
-    with torch.random.fork_rng(devices=[]):
-        deltas = [delta.to_empty(device="cpu") for _, delta in new_deltas(model, record.method, record.plan)]
-    faults = files.fill(record, deltas, tensors) + [f"{key} is not part of it" for key in sorted(tensors)]
-    if faults:
-        raise BadAdapterFile(adapter, faults)
-    by_path: dict[str, list[Delta]] = {}
-    for delta in deltas:
-        by_path.setdefault(delta.placement.path, []).append(delta)
-    return model, by_path, {} if any_base else saved.get("samples", {})
-
-
 def _skeleton(base: Path, saved: Mapping[str, Any]) -> nn.Module:
+    """The base without values, on the meta device."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(base)
-    if saved.get("labels"):
-        config.num_labels = saved["labels"]
-    name = saved.get("architecture") or (config.architectures or ["AutoModel"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise BadModel(f"{base} is a {name}, which this transformers ({transformers.__version__}) does not know")
-    if not isinstance(config, kind.config_class):
-        raise BadAdapterFile("the adapter", [f"its base is a {name}, but {base} is of the type {config.model_type}"])
-    config.architectures = [name]
-    with torch.device("meta"):
-        return kind(config)
+    with _reading(base):
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        if saved.get("labels"):
+            config.num_labels = saved["labels"]
+        name = saved.get("architecture") or (config.architectures or ["AutoModel"])[0]
+        kind: Any = getattr(transformers, name, None)
+        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        if not is_model or kind.config_class is None:
+            raise BadModel(f"{base} is a {name}, which transformers {transformers.__version__} has no model for")
+        if not isinstance(config, kind.config_class):
+            of_type = f"its base is a {name}, but {base} is of the type {config.model_type}"
+            raise BadAdapterFile("the adapter", [of_type])
+        config.architectures = [name]
+        with torch.device("meta"):
+            return kind(config)
 
 
-class _Job:
-    """What is to be merged: tensors by their names in the model, the deltas beside them."""
+@contextmanager
+def _reading(base: Path) -> Iterator[None]:
+    try:
+        yield
+    except LorakitError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are models
+        raise BadModel(f"{base} cannot be read as a model: {' '.join(str(error).split())}") from error
 
-    def __init__(
-        self, model: nn.Module, deltas: dict[str, list[Delta]], saved: dict[str, Any], found: dict[str, Entry]
-    ) -> None:
-        self.own = {name for name, _ in model.named_parameters()}
+
+class _Checkpoint:
+    """The base's tensors on disk, by their names in the model."""
+
+    def __init__(self, model: nn.Module, found: Mapping[str, Entry]) -> None:
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self.deltas, self.saved = deltas, saved
+        self.own = dict(model.named_parameters(remove_duplicate=False))
         self.found = {self.name(key): entry for key, entry in found.items()}
-        self.fresh = dict(self._fresh())
+        self.shared = {id(self.own[name]): entry for name, entry in self.found.items() if name in self.own}
 
     def name(self, key: str) -> str:
         """The model's name for a tensor of the checkpoint (which may have been saved without the head's prefix)."""
-        if key in self.own:
-            return key
-        if self.prefix + key in self.own:
-            return self.prefix + key
-        return key.removeprefix(self.prefix) if key.removeprefix(self.prefix) in self.own else key
+        names = (key, self.prefix + key, key.removeprefix(self.prefix))
+        return next((name for name in names if name in self.own), key)
+
+    def check(self, path: str) -> None:
+        """Refuse a module whose tensors here are not those that the config tells of."""
+        for name, entry in self.found.items():
+            if _parent(name) == path and name in self.own and entry.shape != tuple(self.own[name].shape):
+                told = tuple(self.own[name].shape)
+                raise BadModel(f"{name} has shape {entry.shape} in {entry.shard}, but the model needs {told}")
+
+    def value(self, name: str) -> Tensor | None:
+        """A tensor by its name, or by that of one that shares its memory; None where the checkpoint has none."""
+        entry = self.found.get(name) or self.shared.get(id(self.own.get(name)))
+        return None if entry is None else entry.read()
+
+
+class _Job:
+    """What is to be merged: the checkpoint, and the deltas by the paths of their modules."""
+
+    def __init__(self, checkpoint: _Checkpoint, deltas: list[Delta], saved: dict[str, Any]) -> None:
+        self.checkpoint, self.found, self.saved = checkpoint, checkpoint.found, saved
+        self.deltas: dict[str, list[Delta]] = {}
+        for delta in deltas:
+            self.deltas.setdefault(delta.placement.path, []).append(delta)
+        self.fresh = dict(self._fresh())
 
     def changed(self, name: str) -> Tensor | None:
         """The merged value of a tensor, or None where the adapter leaves it alone."""
@@ -131,13 +152,13 @@ class _Job:
     def _fresh(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors that the adapter brings and the checkpoint lacks (a task's head)."""
         for path, deltas in self.deltas.items():
-            known = {name for name in self.found if _parent(name) == path}
-            whole = [delta for delta in deltas if delta.placement.kind == MODULE]
-            if not known and not whole:
-                raise BadModel(f"the base has no weights of {path}, which the adapter changes")
-            for delta in whole:
-                merged = delta.merged({}).items()
-                yield from ((f"{path}.{key}", value) for key, value in merged if f"{path}.{key}" not in known)
+            self.checkpoint.check(path)
+            for delta in deltas:
+                if delta.placement.kind == MODULE:
+                    merged = {f"{path}.{key}": value for key, value in delta.merged({}).items()}
+                    yield from ((name, value) for name, value in merged.items() if name not in self.found)
+                elif (needed := f"{path}.{'bias' if delta.placement.kind == BIAS else 'weight'}") not in self.found:
+                    raise BadModel(f"the base has no weights {needed}, which the adapter changes")
 
 
 def _parent(name: str) -> str:
@@ -160,13 +181,13 @@ def _write_shards(job: _Job, shards: list[tuple[Path, dict[str, Entry]]], folder
     where: dict[str, str] = {}
     for shard, found in shards:
         extra = job.fresh if shard == shards[-1][0] else {}
-        listed = [(job.name(key), entry.dtype, entry.shape, entry.size) for key, entry in found.items()]
+        listed = [(job.checkpoint.name(key), entry.dtype, entry.shape, entry.size) for key, entry in found.items()]
         listed += [(key, NAMES[value.dtype], tuple(value.shape), value.nbytes) for key, value in extra.items()]
         with (folder / shard.name).open("wb") as file:
             write_header(file, listed)
             for key, entry in found.items():
                 number += 1
-                watch(job.name(key), number, total)
+                watch(job.checkpoint.name(key), number, total)
                 _write_one(job, file, key, entry)
             for value in extra.values():
                 write_tensor(file, value)
@@ -178,7 +199,7 @@ def _write_shards(job: _Job, shards: list[tuple[Path, dict[str, Entry]]], folder
 
 
 def _write_one(job: _Job, file: Any, key: str, entry: Entry) -> None:
-    new = job.changed(job.name(key))
+    new = job.changed(job.checkpoint.name(key))
     if new is None:
         for chunk in entry.chunks():
             file.write(chunk)

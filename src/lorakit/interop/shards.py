@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorakit.core.checked import misfits
 from lorakit.errors import BadModel
 
 INDEX = "model.safetensors.index.json"
@@ -46,7 +49,7 @@ class Entry:
         """The tensor, in memory of its own."""
         if self.dtype not in DTYPES:
             raise BadModel(f"{self.shard} holds a tensor of type {self.dtype}, which cannot be merged")
-        with self.shard.open("rb") as file:
+        with _reading(self.shard), self.shard.open("rb") as file:
             file.seek(self.start)
             data = bytearray(file.read(self.size))
         flat = torch.frombuffer(data, dtype=DTYPES[self.dtype]) if data else torch.empty(0, dtype=DTYPES[self.dtype])
@@ -54,20 +57,28 @@ class Entry:
 
     def chunks(self) -> Iterator[bytes]:
         """The tensor's bytes, a few at a time."""
-        with self.shard.open("rb") as file:
+        with _reading(self.shard), self.shard.open("rb") as file:
             file.seek(self.start)
             for start in range(0, self.size, CHUNK):
                 yield file.read(min(CHUNK, self.size - start))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise BadModel(f"{path} is damaged ({error})") from error
 
 
 def shards_of(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of their names.
 
     Raises:
-        BadModel: there are none, or one that the index names is missing.
+        BadModel: there are none, one that the index names is missing, or the index is damaged.
     """
     if (folder / INDEX).is_file():
-        named = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        named = _named_by(folder / INDEX)
         absent = [name for name in named if not (folder / name).is_file()]
         if absent:
             raise BadModel(f"{folder} lacks the shard {absent[0]} that its index names")
@@ -77,23 +88,32 @@ def shards_of(folder: Path) -> list[Path]:
     raise BadModel(f"{folder} holds no safetensors weights; save the model again with save_pretrained")
 
 
+def _named_by(index: Path) -> list[str]:
+    with _reading(index):
+        told = json.loads(index.read_text("utf-8"))
+    wanted = {"weight_map": Mapping[str, str]}
+    faults = misfits(told, wanted, str(index), required=wanted)
+    named = [] if faults else sorted(set(told["weight_map"].values()))
+    faults += [f"{index} names {name!r}, which is not a file beside it" for name in named if Path(name).name != name]
+    if faults:
+        raise BadModel(faults[0])
+    return named
+
+
 def entries(shard: Path) -> dict[str, Entry]:
     """Every tensor of a shard by name, in the order in which they lie there.
 
     Raises:
         BadModel: the file is damaged.
     """
-    try:
+    with _reading(shard):
+        with safe_open(shard, framework="pt"):  # checks the header, and that the tensors fill the file
+            pass
         with shard.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = {name: _entry(shard, 8 + length, told) for name, told in header.items()}
-        end = max((entry.start + entry.size for entry in found.values()), default=8 + length)
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise BadModel(f"{shard} is damaged ({error})") from error
-    if shard.stat().st_size < end:
-        raise BadModel(f"{shard} is damaged: it has {shard.stat().st_size} bytes instead of {end}")
+    header.pop("__metadata__", None)
+    found = {name: _entry(shard, 8 + length, told) for name, told in header.items()}
     return dict(sorted(found.items(), key=lambda item: item[1].start))
 
 

@@ -12,11 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.checked import misfits
 from lorakit.core.layouts import Conv1DLayout, Conv2dLayout, Layout
 from lorakit.core.plan import Placement
 from lorakit.core.sites import is_tail, modules_of
@@ -24,6 +25,17 @@ from lorakit.errors import BadAdapterFile
 
 log = logging.getLogger("lorakit")
 A_NAMES, B_NAMES = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
+READ = {
+    "r": int,
+    "lora_alpha": float | None,
+    "target_modules": list[str] | str | None,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, float] | None,
+    "use_rslora": bool | None,
+    "lora_dropout": float | None,
+    "bias": Literal["none", "all", "lora_only"] | None,
+    "modules_to_save": list[str] | None,
+}
 UNREADABLE = {
     "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
@@ -56,8 +68,8 @@ def write(
     for path, group in _by_path(deltas):
         a_RI, b_OR = _block(group)
         ranks[path] = a_RI.shape[0]
-        share = ranks[path] / group[0].placement.rank
-        alphas[path] = group[0].placement.alpha * (math.sqrt(share) if rooted else share)
+        share = ranks[path] / _first(group).rank
+        alphas[path] = _first(group).alpha * (math.sqrt(share) if rooted else share)
         tensors |= _named(path, group[0].layout, a_RI, b_OR)
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
     config = {
@@ -80,7 +92,7 @@ def _by_path(deltas: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
 
 
 def _block(group: list[Pair]) -> tuple[Tensor, Tensor]:
-    """One A and B for all slices of a layer: A stacked, B block by block, scales brought to the first one's."""
+    """One A and B for all slices of a layer: A stacked, B block by block, scales brought to one."""
     first = group[0]
     if len(group) == 1 and first.placement.slice is None:
         return first.A.detach(), first.B.detach()
@@ -88,12 +100,22 @@ def _block(group: list[Pair]) -> tuple[Tensor, Tensor]:
     b_OR, at = first.B.new_zeros(first.layout.out_features, rank).detach(), 0
     for delta in group:
         end, columns = at + delta.placement.rank, b_OR[:, at : at + delta.placement.rank]
-        ratio = delta.placement.scale / first.placement.scale if first.placement.scale else 1.0
-        part = delta.placement.slice
+        ratio, part = _ratio(delta, group), delta.placement.slice
         new = delta.B.detach() * ratio if ratio != 1.0 else delta.B.detach()
         b_OR[:, at:end] = new if part is None else part.put(columns, new, 0)
         at = end
     return torch.cat([delta.A.detach() for delta in group]), b_OR
+
+
+def _first(group: Sequence[Pair]) -> Placement:
+    """The first slice that acts: one of alpha 0 has no scale to bring others to."""
+    return next((delta.placement for delta in group if delta.placement.scale), group[0].placement)
+
+
+def _ratio(delta: Pair, group: Sequence[Pair]) -> float:
+    """A slice's scale in units of the one that its whole layer is written with."""
+    scale = _first(group).scale
+    return delta.placement.scale / scale if scale else 1.0
 
 
 def _named(path: str, layout: Layout, a_RI: Tensor, b_OR: Tensor) -> dict[str, Tensor]:
@@ -132,14 +154,13 @@ def read(deltas: Sequence[Pair], tensors: dict[str, Tensor]) -> list[str]:
 
 @torch.no_grad()
 def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
-    first, at = group[0], 0
+    at = 0
     for delta in group:
-        rows = slice(at, at + delta.placement.rank)
-        ratio = delta.placement.scale / first.placement.scale if first.placement.scale else 1.0
+        rows, ratio = slice(at, at + delta.placement.rank), _ratio(delta, group)
         part, block = delta.placement.slice, b_OR[:, rows]
         own = block if part is None else part.take(block, 0)
         delta.A.copy_(a_RI[rows])
-        delta.B.copy_(own / ratio if ratio != 1.0 else own)
+        delta.B.copy_(own / ratio if ratio not in (0.0, 1.0) else own)
         at = rows.stop
 
 
@@ -147,10 +168,12 @@ def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.M
     """LoRA's fields from a PEFT config and the tensors beside it."""
     used = [words for key, words in UNREADABLE.items() if config.get(key)]
     faults = [f"it uses {words}, which lorakit's LoRA cannot read" for words in used]
-    ranks = {name[: -len(end)]: t.shape[0] for name, t in tensors.items() for end in A_NAMES if name.endswith(end)}
+    faults += misfits(config, READ, "its adapter_config.json") or _pattern_faults(config)
+    rows = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
+    ranks = {name[: -len(end)]: rank for name, rank in rows.items() for end in A_NAMES if name.endswith(end)}
     if not ranks:
         faults.append("it has no LoRA tensors")
-    alphas = {path: _alpha(config, path, rank, faults) for path, rank in ranks.items()}
+    alphas = {} if faults else {path: _alpha(config, path, rank, faults) for path, rank in ranks.items()}
     if faults:
         raise BadAdapterFile("the PEFT adapter", faults)
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
@@ -167,6 +190,14 @@ def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.M
     }
 
 
+def _pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    for key in [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
+        try:
+            re.compile(key)
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"its pattern {key!r} cannot be read ({error})"
+
+
 def _alpha(config: Mapping[str, Any], path: str, rank: int, faults: list[str]) -> float:
     """The alpha of one layer: PEFT takes the first matching pattern, after sorting them on save.
 
@@ -175,7 +206,7 @@ def _alpha(config: Mapping[str, Any], path: str, rank: int, faults: list[str]) -
     """
     rank_patterns, alpha_patterns = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     matched = [key for key in rank_patterns if _matches(key, path)]
-    default = float(config.get("lora_alpha") or 8)
+    default = float(8 if config.get("lora_alpha") is None else config["lora_alpha"])  # 8 is PEFT's own default
     first = next((float(a) for key, a in alpha_patterns.items() if _matches(key, path)), default)
     expected = rank_patterns[matched[0]] if matched else config.get("r", rank)
     if expected == rank:

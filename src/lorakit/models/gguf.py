@@ -92,7 +92,7 @@ def _tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     with _reading(path):
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
 
 
 def _model(path: Path) -> Any:
@@ -100,10 +100,12 @@ def _model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _reading(path):
-        read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        )
         del read.config.quantization_config
         with torch.device("meta"):
-            fresh = AutoModelForCausalLM.from_config(read.config)
+            fresh = AutoModelForCausalLM.from_config(read.config, trust_remote_code=False)
         fresh.load_state_dict(read.state_dict(), assign=True)
         fresh.tie_weights()
         return fresh
