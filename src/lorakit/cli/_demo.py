@@ -77,7 +77,6 @@ def _folded(found: Mapping[str, Any]) -> None:
 
 
 def _results(found: Mapping[str, Any]) -> None:
-    say()
     speeds = " / ".join(f"{value:.1f}" for value in found["milliseconds_per_token"].values())
     table(
         "What you have now" + (" (a quick run: few examples, so the numbers are rough)" if found["quick"] else ""),

@@ -22,7 +22,9 @@ def say(text: str | Text = "") -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> None:
     """Print a table; the first `texts` columns are left-aligned, the others right-aligned."""
-    shown = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    if title:
+        say(Text(f"\n{title}", style="bold"))
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         shown.add_column(column, justify="left" if number < texts else "right", overflow="fold")
     for row in rows:

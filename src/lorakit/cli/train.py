@@ -27,13 +27,13 @@ def main(options: Options) -> None:
         sides(f"{run.base} on {len(outcome.data.test):,} test examples of {outcome.data.name}", found)
     told = outcome.results
     table(
-        "the run",
+        "The run",
         ["", ""],
         [
             ["trained parameters", told["trainable_parameters"]],
             ["adapter file", f"{size(told['adapter_bytes'])} (the model: {size(told['model_bytes'])})"],
-            ["training", f"{told['steps']:,} steps in {told['train_seconds']:.0f} s"],
-            ["tokens/s", told["tokens_per_second"]],
+            ["steps", told["steps"]],
+            ["training", f"{told['train_seconds']:.0f} s at {told['tokens_per_second']:.0f} tokens/s"],
         ],
     )
     out = shlex.quote(run.out)

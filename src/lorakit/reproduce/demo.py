@@ -7,7 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ class Sizes:
     writer_train: int
     written: int
     timed_tokens: int
+    training: Train = field(default_factory=Train)  # of the first adapter
 
 
 FULL = Sizes(train=1280, test=400, writer_train=480, written=50, timed_tokens=16)
-QUICK = Sizes(train=240, test=64, writer_train=64, written=10, timed_tokens=8)
+FEW_STEPS = Train(batch_size=8, learning_rate=2e-3)
+QUICK = Sizes(train=240, test=64, writer_train=64, written=10, timed_tokens=8, training=FEW_STEPS)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def _is_free(place: Path) -> bool:
 def label(demo: Demo, wrap: Wrap) -> Outcome:
     """Train the first adapter: is a review negative or positive?"""
     data = Data(source="reviews", train_examples=demo.sizes.train, test_examples=demo.sizes.test)
-    run = Run(base=BASE, data=data, out=str(demo.out / LABELLER))
+    run = Run(base=BASE, data=data, out=str(demo.out / LABELLER), train=demo.sizes.training)
     return adapt(demo.model, demo.tokenizer, open_data(data), run, wrap=wrap)
 
 

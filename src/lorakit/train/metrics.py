@@ -14,7 +14,7 @@ from lorakit.errors import LorakitError
 from lorakit.train.settings import Step
 
 METRICS = "metrics.jsonl"
-_SMOOTHING = 0.9
+_SMOOTHING = 0.8
 
 
 def append(folder: Path, step: Step) -> None:
@@ -54,10 +54,10 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def smoothed(values: Iterable[float]) -> Iterator[float]:
-    """The average over about the last ten values, without a bias towards 0 at the start.
+    """The average over about the last five values, without a bias towards 0 at the start.
 
     >>> [round(value, 2) for value in smoothed([2.0, 2.0, 1.0])]
-    [2.0, 2.0, 1.63]
+    [2.0, 2.0, 1.59]
     """
     average = weight = 0.0
     for value in values:
