@@ -65,8 +65,9 @@ def test_only_the_adapter_trains_and_all_of_it_does(family: str, method: str) ->
 
 
 @every_case
-def test_deepcopy_and_pickle_carry_adapters_along(family: str, method: str) -> None:
-    model = adapted(family, method)
+@every_dtype
+def test_deepcopy_and_pickle_carry_adapters_along(family: str, method: str, dtype: torch.dtype) -> None:
+    model = adapted(family, method, dtype)
     expected, base = output(model), None
     with lk.use(model, None):
         base = output(model)

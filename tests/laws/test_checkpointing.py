@@ -10,14 +10,14 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakit as lk
 from lorakit.errors import BadState
-from tests.laws.cases import FAMILIES, adapted, close, output
+from tests.laws.cases import FAMILIES, adapted, close, every_dtype, output
 
 ROUTINGS = {"none": None, "one": "a", "rows": ["a", None, "b"], "mixture": {"a": 0.5, "b": 0.5}}
 reentrant = pytest.mark.parametrize("reentrant", [False, True])
 
 
-def _model(family: str, *, checkpointed: bool, reentrant: bool = False):
-    model = adapted(family, "lora-linear", torch.float32, "a", "b").train()
+def _model(family: str, dtype: torch.dtype = torch.float32, *, checkpointed: bool, reentrant: bool = False):
+    model = adapted(family, "lora-linear", dtype, "a", "b").train()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -30,16 +30,19 @@ def _gradients(model) -> list[torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 @reentrant
+@every_dtype
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("what", ROUTINGS.values(), ids=ROUTINGS)
 @pytest.mark.parametrize("backward", ["inside", "outside", "after another"])
-def test_gradients_are_those_without_checkpointing(family: str, what: object, backward: str, reentrant: bool) -> None:
+def test_gradients_are_those_without_checkpointing(
+    family: str, dtype: torch.dtype, what: object, backward: str, reentrant: bool
+) -> None:
     if what is None:
         what = "b" if backward == "inside" else ["b", "b", None]  # the base alone has no gradients
     torch.manual_seed(0)
-    plain = _model(family, checkpointed=False)
+    plain = _model(family, dtype, checkpointed=False)
     torch.manual_seed(0)
-    model = _model(family, checkpointed=True, reentrant=reentrant)
+    model = _model(family, dtype, checkpointed=True, reentrant=reentrant)
     with lk.use(plain, what):
         output(plain).pow(2).mean().backward()
     with lk.use(model, what):

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from lorakit.cli._show import console, say, size, table
+from lorakit.cli._show import console, program, say, size, table
 from lorakit.reproduce import demo
 from lorakit.reproduce.run import Outcome
 from lorakit.train import Step, show
@@ -100,5 +100,5 @@ def _next(out: str) -> None:
     writer = shlex.quote(os.path.join(out, demo.WRITER))
     beside = shlex.quote(os.path.normpath(os.path.join(out, os.pardir, "reviews-rank4")))
     say(f"{out} holds both adapters, loss.png, metrics.jsonl, reviews.json and results.json. Try next:")
-    say(f"  lorakit generate {writer} --prompt $'Write a positive movie review.\\nReview:' --beside_base")
-    say(f"  lorakit train --base {demo.BASE} --data reviews --method.rank 4 --out {beside}")
+    say(f"  {program()} generate {writer} --prompt $'Write a positive movie review.\\nReview:' --beside_base")
+    say(f"  {program()} train --base {demo.BASE} --data reviews --method.rank 4 --out {beside}")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -18,6 +23,13 @@ console = Console(markup=False, emoji=False, highlight=False)  # a model's text 
 def say(text: str | Text = "") -> None:
     """Print prose or a command; only a terminal breaks its lines, so that it can be copied whole."""
     console.print(text, soft_wrap=True)
+
+
+def program() -> str:
+    """How to call lorakit from here: by its name where the shell finds it, otherwise as it was called."""
+    called = Path(sys.argv[0])
+    found = shutil.which("lorakit") or called.name != "lorakit"
+    return "lorakit" if found else shlex.quote(os.path.relpath(called))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> None:
@@ -49,4 +61,4 @@ def number_of(value: Any) -> str:
     return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
 
 
-__all__ = ["console", "number_of", "say", "sides", "size", "table"]
+__all__ = ["console", "number_of", "program", "say", "sides", "size", "table"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 
-from lorakit.cli._show import say, sides, size, table
+from lorakit.cli._show import program, say, sides, size, table
 from lorakit.reproduce.measures import classifies
 from lorakit.reproduce.run import Run, carry_out
 from lorakit.train import show
@@ -39,5 +39,5 @@ def main(options: Options) -> None:
     out = shlex.quote(run.out)
     use = f"eval {out}" if classifies(outcome.model) else f"generate {out} --prompt '...'"
     say(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json. Try next:")
-    say(f"  lorakit {use}")
-    say(f"  lorakit merge {out} --out {shlex.quote(f'{run.out}-merged')}")
+    say(f"  {program()} {use}")
+    say(f"  {program()} merge {out} --out {shlex.quote(f'{run.out}-merged')}")
