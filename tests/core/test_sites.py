@@ -14,7 +14,7 @@ import lorakit as lk
 from lorakit.core.sites import ATTENTION, MLP, Family, Site, Slice, family_of, resolve, sites_of
 from lorakit.errors import NoSuchTarget
 from tests.laws.cases import close, output, scramble
-from tests.tiny import DECODERS, FAMILIES, tiny
+from tests.tiny import DECODERS, tiny
 
 LAYERS = 2
 LLAMA = {
@@ -58,7 +58,7 @@ def per_role(sites: list[Site]) -> Counter[str]:
 # --- known families
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_each_role_names_one_module_a_layer(family: str) -> None:
     model = tiny(family)
     block, inside = KNOWN[family]
@@ -68,7 +68,7 @@ def test_each_role_names_one_module_a_layer(family: str) -> None:
     assert {site.role for site in sites_of(model)} - {"embed", "head"} == set(inside)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_embed_and_head_are_outside_the_blocks(family: str) -> None:
     model = tiny(family)
     embed, head = ENDS.get("llama" if family in DECODERS and family != "gpt2" else family, (None, None))
@@ -81,7 +81,7 @@ def test_the_head_of_a_classifier() -> None:
     assert paths(tiny("roberta", labels=2), "head") == ["classifier"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN)
 def test_groups_are_their_roles_and_linear_leaves_embed_and_head_alone(family: str) -> None:
     model = tiny(family)
     mlp = [role for role in MLP if paths(model, role)]
@@ -281,10 +281,13 @@ SHARED = ("t5", "bart")  # encoder and decoder have blocks of the same name
 
 
 def unknown(name: str) -> PreTrainedModel:
+    """A model whose type has no record, or is made to look so."""
     kind, sizes, _ = UNKNOWN[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return kind.from_config(AutoConfig.for_model(name, **(SIZES | sizes))).eval()
+        model = kind.from_config(AutoConfig.for_model(name, **(SIZES | sizes))).eval()
+    model.config.model_type = "unheard-of"
+    return model
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

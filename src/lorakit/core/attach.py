@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from lorakit.core.delta import Delta
+from lorakit.core.insertion import is_watched, stack_of, unwatch, watch
 from lorakit.core.method import Method, build
 from lorakit.core.plan import BIAS, Plan
 from lorakit.core.routing import hook, route, routing_for, unhook
@@ -28,7 +31,14 @@ from lorakit.errors import BadMethod, BadState
 _IGNORED = "_keys_to_ignore_on_save"  # transformers' list of keys that save_pretrained leaves out
 
 
-def attach(model: nn.Module, method: Method, name: str = "default", *, active: bool = True) -> None:
+def attach(
+    model: nn.Module,
+    method: Method,
+    name: str = "default",
+    *,
+    active: bool = True,
+    statistics: Mapping[Any, Any] | None = None,
+) -> None:
     """Attach a fresh, trainable adapter; the base is frozen and stays as it is, to the bit.
 
     The model keeps its class, keys and forward; the adapter acts through forward hooks. With `active` (the default) the
@@ -39,6 +49,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, active: b
         method: what to train and where, e.g. `LoRA(rank=8, targets=("attn.q", "attn.v"))`.
         name: any non-empty text.
         active: whether to switch to the new adapter.
+        statistics: what `lorakit.core.calibrate.calibrate` found, for methods and initialisations that start from data.
 
     Raises:
         NoSuchTarget: a target matches no module.
@@ -53,16 +64,24 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, active: b
         >>> sum(p.numel() for p in lk.parameters(model))
         512
     """
-    plan = method.plan(model)
+    missing = method.needs() if statistics is None else None
+    if missing:
+        raise BadMethod(f"{method.name} starts from statistics of data ({', '.join(sorted(missing))}); gather them with "
+                        "calibrate(model, ...) and give them: attach(..., statistics=)")  # fmt: skip
+    plan = method.plan(model, statistics)
     method.check(plan, model)
-    put(model, name, Attached(method, plan, trainable=True), list(new_deltas(model, method, plan)), active=active)
+    deltas = new_deltas(model, method, plan)
+    method.start([delta for _, delta in deltas if not delta.placement.is_replaced], model, statistics)
+    put(model, name, Attached(method, plan, trainable=True), deltas, active=active)
 
 
-def new_deltas(model: nn.Module, method: Method, plan: Plan) -> Iterator[tuple[nn.Module, Delta]]:
+def new_deltas(model: nn.Module, method: Method, plan: Plan) -> list[tuple[nn.Module, Delta]]:
     """Build the deltas of a plan beside their modules; the model is not changed."""
+    shared, built = method.shared(plan, model), []
     for placement in plan:
         module = model.get_submodule(placement.path)
-        yield module, build(method, placement, module)
+        built.append((module, build(method, placement, module, shared)))
+    return built
 
 
 def put(
@@ -70,34 +89,46 @@ def put(
 ) -> None:
     """Hang built deltas onto their modules, after everything that can be refused has been checked."""
     state = state_or_new(model)
-    _check(model, state, name, record.plan)
+    _check(model, state, name, record)
     if not state.attached:
         _freeze(model, state)
         state.attributes = {key: value for key, value in vars(model).items() if key == _IGNORED}
         set_state(model, state)
     state.attached[name] = record
     for module, delta in deltas:
-        _adapters(module, state).add(name, delta.requires_grad_(record.trainable))
+        _adapters(module, state).add(name, delta.to(_device(module)).requires_grad_(record.trainable))
         hook(module)
+    if any(record.method.inserts):
+        stack = stack_of(model)
+        _adapters(stack, state)
+        watch(model, stack)
     _leave_out_on_save(model, state)
     if active:
         route(model, routing_for(model, name))
 
 
-def _check(model: nn.Module, state: State, name: str, plan: Plan) -> None:
+def _device(module: nn.Module) -> torch.device | None:
+    own = next(module.parameters(), None)  # of the whole module: a block has none of its own
+    return None if own is None else own.device
+
+
+def _check(model: nn.Module, state: State, name: str, record: Attached) -> None:
+    plan = record.plan
     require_unmerged(state, "attach")
     if not name or not isinstance(name, str):
         raise BadState("an adapter needs a name: attach(model, method, name='reviews')")
     if name in state.attached:
         raise BadState(f"an adapter is already called {name!r}; detach it first or choose another name")
-    refuse_tied(model, plan)
+    refuse_tied(model, record.method, plan)
+    if any(record.method.inserts):
+        stack_of(model)
     _refuse_absent(model, plan)
     for path in {placement.path for placement in plan}:
         if not isinstance(getattr(model.get_submodule(path), ADAPTERS, Adapters(state)), Adapters):
             raise BadMethod(f"{path} has an attribute called {ADAPTERS!r} of its own, so it cannot be adapted")
 
 
-def refuse_tied(model: nn.Module, plan: Plan) -> None:
+def refuse_tied(model: nn.Module, method: Method, plan: Plan) -> None:
     """Refuse an adapter on one of two tied modules: it would act on half of what the shared weight does.
 
     Raises:
@@ -110,7 +141,8 @@ def refuse_tied(model: nn.Module, plan: Plan) -> None:
             holders.setdefault(id(weight), []).append(path)
     tied = {path: paths for paths in holders.values() if len(paths) > 1 for path in paths}
     for placement in plan:
-        if placement.path in tied and placement.kind != BIAS:
+        minded = placement.kind != BIAS and (placement.is_replaced or method.minds_ties(placement))
+        if placement.path in tied and minded:
             others = " and ".join(path for path in tied[placement.path] if path != placement.path)
             raise BadMethod(
                 f"{placement.path} shares its weight with {others}, so an adapter on it would act on half of what that "
@@ -166,11 +198,18 @@ def detach(model: nn.Module, name: str) -> None:
     state = state_of(model)
     require_unmerged(state, "detach")
     del state.attached[name]
+    inserting = any(any(record.method.inserts) for record in state.attached.values())
     for _, module, adapters in list(adapters_of(model)):
         adapters.remove(name)
-        if not adapters._modules:
-            unhook([module])
+        if adapters._modules:
+            continue
+        unhook([module])
+        if not inserting:
+            unwatch(module)
+        if not is_watched(module):
             del module._modules[ADAPTERS]
+    if not inserting:
+        unwatch(model)
     if not state.attached:
         _forget(model, state)
         return
@@ -195,4 +234,5 @@ def parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
         NoSuchAdapter: no adapter of that name.
     """
     names = list(state_of(model).attached) if name is None else [name]
-    return [p for each in names for delta in deltas_of(model, each) for p in delta.parameters() if p.requires_grad]
+    found = (p for each in names for delta in deltas_of(model, each) for p in delta.parameters() if p.requires_grad)
+    return list({id(parameter): parameter for parameter in found}.values())

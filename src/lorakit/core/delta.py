@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -30,16 +30,34 @@ class Delta(nn.Module, ABC):
         ...     def fold(self, weight, bias): return weight, bias + self.shift
     """
 
-    per_row: ClassVar[bool] = True  # whether neighbouring rows of a batch may use different adapters
+    per_row: bool = True  # whether neighbouring rows of a batch may use different adapters
+    mixes: ClassVar[bool] = True  # whether a weighted mixture of adapters makes sense
+    outer: ClassVar[tuple[str, ...]] = ()  # parameters on the output's side: LoRA+ trains them faster
+    unmergeable: ClassVar[str] = ""  # why it cannot be merged, where that is so
 
     def __init__(self, placement: Placement, layout: Layout | None) -> None:
         super().__init__()
         self.placement = placement
         self.layout = layout
 
-    @abstractmethod
+    @property
+    def may_rest(self) -> bool:
+        """Whether it is right that no forward pass uses this delta (a dropped layer, an idle expert)."""
+        return False
+
+    def before(self, x: Tensor) -> Tensor:
+        """The new input of the module, given its present input."""
+        return x
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The new output of the site, given the module's input and the site's present output."""
+        return y
+
+    def enter(self, module: nn.Module) -> None:
+        """Called before the module's forward, by deltas that stand in for its weights while it runs."""
+
+    def leave(self, module: nn.Module) -> None:
+        """Called after the module's forward, even one that raised."""
 
     def fold(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The site's new weight (out, in) and bias.
@@ -47,10 +65,18 @@ class Delta(nn.Module, ABC):
         Raises:
             NotMergeable: the delta is not a change of the layer's weights.
         """
-        raise NotMergeable(f"{type(self).__name__} at {self.placement.path} cannot be merged into the weights")
+        raise self.refusal()
 
-    def act(self, x: Tensor, y: Tensor) -> Tensor:
-        """`after`, on the site's slice of the module's output."""
+    def refusal(self) -> NotMergeable:
+        """The error that says why this delta cannot be merged."""
+        why = self.unmergeable or "is not a change of the layer's weights"
+        return NotMergeable(f"the adapter at {self.placement.path} ({self.placement.kind}) cannot be merged: it {why}")
+
+    def act(self, x: Tensor, y: Tensor, inserted_BT: Tensor | None) -> Tensor:
+        """`after`, on the site's slice of the module's output.
+
+        `inserted_BT` numbers the positions that a method put into the sequence (-1: a token of the input), if any.
+        """
         return self.within(y, lambda part: self.after(x, part))
 
     def within(self, y: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -63,14 +89,17 @@ class Delta(nn.Module, ABC):
         """Row i of the batch goes through `deltas[rows_B[i]]` (None: unchanged). Here one pass an adapter."""
         for number, delta in enumerate(deltas):
             if delta is not None:
-                chosen = (rows_B == number).view(-1, *[1] * (y.dim() - 1))
-                y = torch.where(chosen, delta.act(x, y), y)
+                y = torch.where(_chosen(rows_B, number, y), delta.act(x, y, None), y)
         return y
 
+    def weights(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of the module that merging may change, by their names in it."""
+        return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+
     def merged(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The module's own parameters after `fold`, given them before (by name, in the layer's own storage)."""
+        """The module's parameters after `fold`, given those of `weights` before (by name, in the layer's storage)."""
         if self.layout is None:
-            raise NotMergeable(f"{self.placement.path} has no weight matrix to merge into")
+            raise self.refusal()
         part, weight, bias = self.placement.slice, self.layout.matrix(values["weight"]), values.get("bias")
         if part is None:
             weight, bias = self.fold(weight, bias)
@@ -91,6 +120,14 @@ class Delta(nn.Module, ABC):
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
 
 
+def before_rows(deltas: Sequence[Delta | None], rows_B: Tensor, x: Tensor) -> Tensor:
+    """Each row of the input as its own adapter's delta at one slot changes it."""
+    for number, delta in enumerate(deltas):
+        if delta is not None and changes_input(delta):
+            x = torch.where(_chosen(rows_B, number, x), delta.before(x), x)
+    return x
+
+
 def act_on_rows(deltas: Sequence[Delta | None], rows_B: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Send each row through its own adapter's delta at one slot, grouped by the deltas' class."""
     refused = [d for d in deltas if d is not None and not d.per_row]
@@ -100,3 +137,17 @@ def act_on_rows(deltas: Sequence[Delta | None], rows_B: Tensor, x: Tensor, y: Te
         same: list[Any] = [delta if type(delta) is kind else None for delta in deltas]
         y = kind.rows(same, rows_B, x, y)
     return y
+
+
+def changes_input(delta: Delta) -> bool:
+    """Whether the delta sees the module's input before the module does."""
+    return type(delta).before is not Delta.before
+
+
+def stands_in(delta: Delta) -> bool:
+    """Whether the delta stands in for the module's weights while it runs."""
+    return type(delta).enter is not Delta.enter
+
+
+def _chosen(rows_B: Tensor, number: int, like: Tensor) -> Tensor:
+    return (rows_B == number).view(-1, *[1] * (like.dim() - 1))

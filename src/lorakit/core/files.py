@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,27 +15,25 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from lorakit.core.atomic import write_files
 from lorakit.core.attach import new_deltas, put
-from lorakit.core.checked import misfits, types_of
+from lorakit.core.checked import misfits
 from lorakit.core.delta import Delta
-from lorakit.core.fingerprint import differences, fingerprint, fingerprint_faults
-from lorakit.core.method import Method, method_called, method_of_peft
-from lorakit.core.plan import BIAS, LOW_RANK, MODULE, Placement, Plan, misplaced, plan_faults
+from lorakit.core.fingerprint import differences
+from lorakit.core.header import header_faults, header_of, with_header
+from lorakit.core.method import Method, method_of_peft
+from lorakit.core.named import fill
+from lorakit.core.plan import BIAS, MODULE, Placement, Plan, misplaced
 from lorakit.core.sites import modules_of
 from lorakit.core.state import Attached, attached_to, deltas_of, idle
 from lorakit.errors import BadAdapterFile, LorakitError, NeverActed
-from lorakit.version import VERSION
 
 BaseTensor = Callable[[str], Tensor | None]  # a name -> the base's tensor of that name, if there is one
 
 log = logging.getLogger("lorakit")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-FORMAT = 1
-HEADER = {"format": int, "lorakit": str, "method": dict[str, Any], "plan": list[Any], "base": dict[str, Any]}
 PREFIX = "base_model.model."
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
@@ -66,9 +63,9 @@ def save(model: nn.Module, name: str, folder: str | Path) -> None:
             f"{len(resting)} of {name!r}'s layers never acted since attaching, so they learned nothing: "
             f"{', '.join(resting[:3])}; choose targets that the model's forward uses"
         )
-    config, tensors = record.method.to_peft(deltas)
+    config, tensors = record.method.to_peft([delta for delta in deltas if not delta.placement.is_replaced])
     tensors = {PREFIX + key: _written(key, value) for key, value in (tensors | _replaced(record.plan, deltas)).items()}
-    files = {TENSORS: _with_header(tensors, _header(model, record)), CONFIG: _config(model, record, config)}
+    files = {TENSORS: with_header(tensors, header_of(model, record)), CONFIG: _config(model, record, config)}
     write_files(Path(folder), files)
 
 
@@ -79,8 +76,8 @@ def _written(key: str, value: Tensor) -> Tensor:
 
 
 def _replaced(plan: Plan, deltas: Sequence[Delta]) -> dict[str, Tensor]:
-    adapted = {placement.path for placement in plan if placement.kind == LOW_RANK}
-    own = [delta for delta in deltas if delta.placement.kind in (BIAS, MODULE)]
+    adapted = {placement.path for placement in plan if not placement.is_replaced}
+    own = [delta for delta in deltas if delta.placement.is_replaced]
     return {name: value for delta in own for name, value in _names(delta, adapted).items()}
 
 
@@ -99,13 +96,14 @@ def _bias_name(path: str, adapted: set[str]) -> str:
 def _config(model: nn.Module, record: Attached, config: dict[str, Any]) -> bytes:
     endings = [task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)]
     common = {
-        "peft_type": record.method.peft_type,
+        "peft_type": record.method.peft_type or record.method.name.upper().replace("-", "_"),
         "task_type": endings[0] if endings else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "modules_to_save": _whole(model, record.plan),
     }
-    shortened = {"target_modules": _short(model, config.get("target_modules", []))}
+    targets = config.get("target_modules")
+    shortened = {} if targets is None else {"target_modules": _short(model, targets)}
     return (json.dumps(config | common | shortened, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -129,27 +127,6 @@ def _short(model: nn.Module, paths: list[str]) -> list[str]:
     tails = {path.rsplit(".", 1)[-1] for path in paths}
     meant = [path for path, _ in modules_of(model) if path.rsplit(".", 1)[-1] in tails]
     return sorted(tails) if set(meant) == set(paths) else sorted(paths)
-
-
-def _header(model: nn.Module, record: Attached) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "lorakit": VERSION,
-        "method": record.method.to_json(),
-        "plan": [placement.to_json() for placement in record.plan],
-        "base": fingerprint(model, (p.path for p in record.plan if p.kind == LOW_RANK)),
-    }
-
-
-def _with_header(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
-    """safetensors bytes with sorted metadata: the library writes its entries in the order of a hash."""
-    metadata = {"format": "pt", "lorakit": json.dumps(header, sort_keys=True, separators=(",", ":"))}
-    raw = to_safetensors(dict(tensors), metadata=metadata)
-    (size,) = struct.unpack("<Q", raw[:8])
-    entries = json.loads(raw[8 : 8 + size])
-    text = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
 
 
 def load(
@@ -214,7 +191,7 @@ def read(folder: Path) -> Contents:
         raise BadAdapterFile(folder, [f"it is damaged ({error})"]) from error
     faults = [f"{key} holds values that are not finite real numbers" for key, v in tensors.items() if not _is_real(v)]
     faults += misfits(config, {}, f"its {CONFIG}")
-    faults += [] if "lorakit" not in metadata else _header_faults(header)
+    faults += [] if "lorakit" not in metadata else header_faults(header)
     if len(tensors) < len(keys):
         faults.append("it names a tensor twice, with and without PEFT's prefix")
     if "lorakit" not in metadata and not config:
@@ -240,28 +217,6 @@ def _bare(key: str) -> str:
 def _is_real(value: Tensor) -> bool:
     """Whether every number stays finite as the float32 that it becomes (which 8-bit floats need to be compared)."""
     return not value.is_complex() and bool(value.float().isfinite().all())
-
-
-def _header_faults(told: Any) -> list[str]:
-    """What is wrong with a header, whatever the model."""
-    format_ = told.get("format") if isinstance(told, dict) else None
-    if isinstance(format_, int) and format_ > FORMAT:
-        return [f"it has format {format_}, this lorakit reads up to {FORMAT}; install a newer lorakit"]
-    faults = misfits(told, HEADER, "its header", required=HEADER)
-    if faults or told["format"] < 1:
-        return faults or [f"its header has a bad format: {format_}"]
-    return _method_faults(told["method"]) + plan_faults(told["plan"]) + fingerprint_faults(told["base"])
-
-
-def _method_faults(told: Mapping[str, Any]) -> list[str]:
-    try:
-        kind = method_called(str(told.get("name")))
-        faults = misfits(told, types_of(kind) | {"name": str}, "its method", closed=True)
-        if not faults:
-            Method.from_json(told)
-    except (LorakitError, ValueError, TypeError) as error:
-        return [f"its method is refused: {error}"]
-    return faults
 
 
 def fitted(
@@ -314,7 +269,7 @@ def _of_header(model: nn.Module, folder: Path, header: Mapping[str, Any], *, any
 
 def _of_peft(model: nn.Module, folder: Path, found: Contents, base: BaseTensor) -> tuple[Attached, dict[str, Tensor]]:
     log.warning("%s carries no fingerprint: base not verified", folder)
-    kind = method_of_peft(str(found.config.get("peft_type")))
+    kind = method_of_peft(found.config)
     method, plan = kind.from_peft(found.config, found.tensors, model)
     kept, biases = _without_base_copies(plan, folder, found.tensors, base)
     return Attached(method, (*plan, *biases), trainable=False), kept
@@ -328,7 +283,7 @@ def _without_base_copies(
     plan: Plan, folder: Path, tensors: Mapping[str, Tensor], base: BaseTensor
 ) -> tuple[dict[str, Tensor], list[Placement]]:
     """Drop copies of base tensors that are not the plan's; a changed bias becomes part of the adapter."""
-    planned, adapted = {(p.path, p.kind) for p in plan}, {p.path for p in plan if p.kind == LOW_RANK}
+    planned, adapted = {(p.path, p.kind) for p in plan}, {p.path for p in plan if not p.is_replaced}
     kept, biases, faults = {}, [], []
     for key, value in tensors.items():
         path, _, parameter = key.replace(".base_layer.", ".").rpartition(".")
@@ -354,39 +309,30 @@ def _without_base_copies(
 def _filled(
     model: nn.Module, folder: Path, record: Attached, tensors: dict[str, Tensor], device: str | None
 ) -> list[tuple[nn.Module, Delta]]:
-    """Build the deltas with the values of `tensors`; low-rank ones take no memory before their shapes are right."""
-    low = tuple(each for each in record.plan if each.kind == LOW_RANK)
-    rest = tuple(each for each in record.plan if each.kind != LOW_RANK)
+    """Build the deltas with the values of `tensors`; the method's own take no memory before their shapes are right."""
+    own = tuple(each for each in record.plan if not each.is_replaced)
+    rest = tuple(each for each in record.plan if each.is_replaced)
     left = dict(tensors)
-    with torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            trial = [record.method.build(each, model.get_submodule(each.path)) for each in low]
-        faults = record.method.read(trial, left)
-        deltas = _built(model, record.method, rest, device)
-        for _, delta in deltas:
-            faults += _fill_replaced(_names(delta, {each.path for each in low}), left)
-        faults += [f"{key} is not part of it" for key in sorted(left)]
-        if faults:
-            raise BadAdapterFile(folder, faults)
-        lows = _built(model, record.method, low, device)
-    record.method.read([delta for _, delta in lows], tensors)
-    return lows + deltas
+    with torch.device("meta"):
+        trial = [delta for _, delta in new_deltas(model, record.method, own)]
+    faults = record.method.read(trial, left)
+    replaced = _built(model, record.method, rest, device)
+    for _, delta in replaced:
+        faults += fill(_names(delta, {each.path for each in own}), left)
+    faults += [f"{key} is not part of it" for key in sorted(left)]
+    if faults:
+        raise BadAdapterFile(folder, faults)
+    deltas = _built(model, record.method, own, device)
+    record.method.read([delta for _, delta in deltas], tensors)
+    return deltas + replaced
 
 
 def _built(model: nn.Module, method: Method, plan: Plan, device: str | None) -> list[tuple[nn.Module, Delta]]:
     deltas = new_deltas(model, method, plan)
-    return [(module, delta.to_empty(device=device) if device else delta) for module, delta in deltas]
+    return [(module, _with_room(delta, device) if device else delta) for module, delta in deltas]
 
 
-@torch.no_grad()
-def _fill_replaced(names: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
-    faults = []
-    for key, own in names.items():
-        value = tensors.pop(key, None)
-        if value is None:
-            faults.append(f"{key} is missing")
-        elif value.shape != own.shape:
-            faults.append(f"{key} has shape {tuple(value.shape)}, the model needs {tuple(own.shape)}")
-        else:
-            own.copy_(value)
-    return faults
+def _with_room(delta: Delta, device: str) -> Delta:
+    """The delta on a device; one that was built from a skeleton gets memory for its values."""
+    bare = any(parameter.is_meta for parameter in delta.parameters())
+    return delta.to_empty(device=device) if bare else delta.to(device)

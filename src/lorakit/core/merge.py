@@ -55,7 +55,7 @@ def _merge_module(
     parts = [(adapters.deltas(name), weight) for name, weight in weights.items() if adapters.deltas(name)]
     if not parts:
         return
-    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    own = {name: p for deltas, _ in parts for delta in deltas for name, p in delta.weights(module).items()}
     new = folded({name: parameter.detach() for name, parameter in own.items()}, parts)
     for name, value in new.items():
         if not torch.isfinite(value).all():

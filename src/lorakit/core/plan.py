@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from torch import nn
 
@@ -12,9 +12,9 @@ from lorakit.core.checked import misfits, types_of
 from lorakit.core.layouts import layout_of
 from lorakit.core.sites import Slice, modules_of, slice_of
 
-LOW_RANK: Final = "low-rank"
 BIAS: Final = "bias"
 MODULE: Final = "module"
+REPLACED: Final = (BIAS, MODULE)  # kinds of the core's own; every other is a method's
 _ONCE = {"dtype": str}  # entries of older files that say nothing any more
 
 
@@ -22,27 +22,36 @@ _ONCE = {"dtype": str}  # entries of older files that say nothing any more
 class Placement:
     """One delta to build: where it acts, what it is, and how big.
 
-    `kind` names the delta (`low-rank`, or a replaced `bias` or `module`); rank, scale and init are those of low-rank
-    deltas and 0, 1.0 and "" otherwise.
+    `kind` names the delta: a replaced `bias` or `module`, or a word of the method's own (`low-rank`). `rank` is its size
+    (the rank of a factorisation, the width of a bottleneck, the number of prefix tokens), 0 where it has none; alpha,
+    scale and init are those of low-rank deltas. `part` numbers the method of a combination.
     """
 
     path: str
     role: str
-    kind: Literal["low-rank", "bias", "module"]
+    kind: str
     slice: Slice | None = None
     rank: int = 0
     alpha: float = 0.0
     scale: float = 1.0
     init: str = ""
+    part: int = 0
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the delta is the core's own: a value trained in place of the base's."""
+        return self.kind in REPLACED
 
     @property
     def slot(self) -> str:
         """The delta's name within its module: attribute-safe, unique there."""
-        return (self.role if self.kind == LOW_RANK else self.kind).replace(".", "_")
+        name = (self.kind if self.is_replaced else self.role).replace(".", "_")
+        return f"{name}_{self.part}" if self.part else name
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; `from_json` gives an equal placement back."""
-        return asdict(self) | {"slice": astuple(self.slice) if self.slice else None}
+        values = asdict(self) | {"slice": astuple(self.slice) if self.slice else None}
+        return values if self.part else {key: value for key, value in values.items() if key != "part"}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Placement:
@@ -54,8 +63,8 @@ class Placement:
 Plan = tuple[Placement, ...]
 
 
-def plan_faults(told: Sequence[object]) -> list[str]:
-    """What is wrong with a plan that a file tells, whatever the model; only a plan without faults can be read."""
+def plan_faults(told: Sequence[object], kinds: Collection[str]) -> list[str]:
+    """What is wrong with a plan of these kinds that a file tells, whatever the model; one without faults can be read."""
     faults: list[str] = []
     seen: set[tuple[str, str]] = set()
     wanted = types_of(Placement) | _ONCE
@@ -64,16 +73,18 @@ def plan_faults(told: Sequence[object]) -> list[str]:
         bad = misfits(entry, wanted, what, required=("path", "role", "kind"), closed=True)
         if isinstance(entry, Mapping) and not bad:
             placement = Placement.from_json(entry)
-            bad = [f"{what} {words}" for words in _senseless(placement, seen)]
+            bad = [f"{what} {words}" for words in _senseless(placement, kinds, seen)]
             seen.add((placement.path, placement.slot))
         faults += bad
     return faults
 
 
-def _senseless(placement: Placement, seen: set[tuple[str, str]]) -> Iterator[str]:
-    if placement.kind == LOW_RANK and placement.rank < 1:
-        yield f"has the rank {placement.rank}"
-    if placement.kind != LOW_RANK and placement.slice is not None:
+def _senseless(placement: Placement, kinds: Collection[str], seen: set[tuple[str, str]]) -> Iterator[str]:
+    if placement.kind not in (*REPLACED, *kinds):
+        yield f"has a bad kind: {placement.kind!r}"
+    if placement.rank < 0 or placement.part < 0:
+        yield f"has the rank {placement.rank} and the part {placement.part}"
+    if placement.is_replaced and placement.slice is not None:
         yield f"gives a slice to a {placement.kind}"
     if not placement.slot or hasattr(nn.ModuleDict(), placement.slot):
         yield f"has the role {placement.role!r}, which no place can have"

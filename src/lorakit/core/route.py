@@ -13,6 +13,19 @@ RESERVED = ("training", "state", "acted", "versions")
 
 
 @dataclass(frozen=True)
+class Inserted:
+    """What a method put into the sequence of one forward; two with the same key are the same.
+
+    `index_BL` numbers the inserted positions (-1: a token that was given), `kept_BT` says for each token given which
+    place's hidden state it gets.
+    """
+
+    key: tuple[object, ...]
+    index_BL: Tensor = field(compare=False, repr=False)
+    kept_BT: Tensor = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class Routing:
     """One adapter for the whole batch (`names` alone), a weighted mixture, or one adapter a row.
 
@@ -23,9 +36,10 @@ class Routing:
     names: tuple[str, ...]
     weights: tuple[float, ...] | None = None
     rows: tuple[int, ...] | None = None
-    keys: tuple[str, ...] = field(init=False, compare=False)  # the names as module names
-    weights_N: Tensor | None = field(init=False, compare=False)
-    rows_B: Tensor | None = field(init=False, compare=False)
+    inserted: Inserted | None = None
+    keys: tuple[str, ...] = field(init=False, compare=False, repr=False)  # the names as module names
+    weights_N: Tensor | None = field(init=False, compare=False, repr=False)
+    rows_B: Tensor | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         made = {

@@ -16,11 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import act_on_rows
+from lorakit.core.delta import Delta, act_on_rows, before_rows, changes_input, stands_in
+from lorakit.core.hooks import drop_hooks
 from lorakit.core.recompute import marked
 from lorakit.core.route import Routing
 from lorakit.core.sites import ADAPTERS
-from lorakit.core.state import Adapters, State, attached_to, claim, require_unmerged, state_of
+from lorakit.core.state import Adapters, State, attached_to, claim, deltas_of, require_unmerged, state_of
 from lorakit.errors import BadRouting
 
 What = str | None | Sequence[str | None] | Mapping[str, float]
@@ -87,6 +88,10 @@ def _mixture(model: nn.Module, weights: Mapping[str, float]) -> Routing:
         attached_to(model, name)
     if not all(math.isfinite(weight) for weight in weights.values()):
         raise BadRouting(f"the weights of a mixture have to be finite numbers, not {dict(weights)}")
+    for name in weights:
+        if unmixed := next((delta for delta in deltas_of(model, name) if not delta.mixes), None):
+            raise BadRouting(f"{name!r} cannot be part of a mixture: {unmixed.placement.kind} is not a change of outputs "
+                             "that could be weighted")  # fmt: skip
     return Routing(tuple(weights), weights=tuple(float(weight) for weight in weights.values()))
 
 
@@ -94,8 +99,20 @@ def _by_row(model: nn.Module, rows: Sequence[str | None]) -> Routing:
     for name in rows:
         if name is not None:
             attached_to(model, name)
-    names = tuple(state_of(model).attached)  # all of them: another assignment of rows changes no compiled code
+    for name in dict.fromkeys(rows):
+        if name is not None and (refusal := _refused_rows(model, name)):
+            raise BadRouting(f"{name!r} cannot share a batch with other adapters: {refusal}")
+    able = (name for name in state_of(model).attached if not _refused_rows(model, name))
+    names = tuple(able)  # all of them: another assignment of rows changes no compiled code
     return Routing(names, rows=tuple(-1 if name is None else names.index(name) for name in rows))
+
+
+def _refused_rows(model: nn.Module, name: str) -> str:
+    """Why an adapter cannot be used by row; "" if it can."""
+    if any(attached_to(model, name).method.inserts):
+        return "it makes the sequence longer"
+    found = next((delta for delta in deltas_of(model, name) if not delta.per_row), None)
+    return "" if found is None else f"{found.placement.path} ({found.placement.role}) has to be the same for all rows"
 
 
 def route(model: nn.Module, routing: Routing | None) -> None:
@@ -119,46 +136,94 @@ def _generate_by_row(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state.repeats = 1
 
 
-def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-    """The forward hook: the module's output as the adapters in force change it."""
+def prepare(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of modules whose input or weights an adapter changes."""
     adapters = cast(Adapters, module._modules[ADAPTERS])
-    if torch.compiler.is_compiling():
-        return _changed(adapters, adapters.state.routing, args, kwargs, y)
-    state = adapters.state
-    claim(state, recomputing=torch._C._current_graph_task_id() != -1)
-    routing = state.recomputation.routing(state.routing, adapters, training=module.training)
-    if routing is not None:
-        adapters.acted.update(routing.used)
-    return marked(_changed(adapters, routing, args, kwargs, y), routing)
-
-
-def _changed(
-    adapters: Adapters, routing: Routing | None, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-) -> Tensor:
+    routing = _routing(module, adapters, adapters._modules)
     if routing is None:
-        return y
-    x = args[0] if args else next(iter(kwargs.values()))
+        return args, kwargs
+    if routing.rows_B is None and routing.weights_N is None:
+        for delta in adapters.at(routing.keys[0]):
+            delta.enter(module)
+    x = _prepared(adapters, routing, _first(args, kwargs))
+    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x})
+
+
+def _prepared(adapters: Adapters, routing: Routing, x: Any) -> Any:
+    if routing.rows_B is not None:
+        rows_B = _fit_rows(adapters.state, routing.rows_B.to(x.device), x)
+        for deltas in adapters.at_slots(routing.keys).values():
+            x = before_rows(deltas, rows_B, x)
+        return x
+    if routing.weights_N is None:
+        return _into(adapters, routing.keys[0], x)
+    weights = routing.weights_N.to(x.device, x.dtype)
+    changes = [weight * (_into(adapters, key, x) - x) for key, weight in zip(routing.keys, weights, strict=True)]
+    return x + torch.stack(changes).sum(0)
+
+
+def _into(adapters: Adapters, key: str, x: Any) -> Any:
+    for delta in adapters.at(key):
+        x = delta.before(x)
+    return x
+
+
+def depart(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The forward hook, called even after an error, of modules whose weights an adapter stands in for."""
+    for children in cast(Adapters, module._modules[ADAPTERS])._modules.values():
+        for delta in cast(nn.ModuleDict, children)._modules.values():
+            cast(Delta, delta).leave(module)
+
+
+def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The forward hook: the module's output as the adapters in force change it; of several, the first changes."""
+    adapters = cast(Adapters, module._modules[ADAPTERS])
+    routing = _routing(module, adapters, adapters)
+    y = output[0] if isinstance(output, tuple) else output
+    if routing is not None and not torch.compiler.is_compiling():
+        adapters.acted.update(routing.used)
+    y = y if routing is None else _changed(adapters, routing, _first(args, kwargs), y)
+    y = y if torch.compiler.is_compiling() else marked(y, routing)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _routing(module: nn.Module, adapters: Adapters, place: object) -> Routing | None:
+    """The routing of this call; `place` tells the hooks of one module apart."""
+    state = adapters.state
+    if torch.compiler.is_compiling():
+        return state.routing
+    claim(state, recomputing=torch._C._current_graph_task_id() != -1)
+    return state.recomputation.routing(state.routing, place, training=module.training)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _changed(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
     if routing.rows_B is not None:
         return _on_rows(adapters, routing, x, y)
     if routing.weights_N is not None:
         return _mixed(adapters, routing, x, y)
-    return _through(adapters, routing.keys[0], x, y)
+    return _through(adapters, routing.keys[0], x, y, None if routing.inserted is None else routing.inserted.index_BL)
 
 
-def _through(adapters: Adapters, key: str, x: Tensor, y: Tensor) -> Tensor:
+def _through(adapters: Adapters, key: str, x: Any, y: Tensor, inserted_BL: Tensor | None = None) -> Tensor:
     for delta in adapters.at(key):
-        y = delta.act(x, y)
+        y = delta.act(x, y, inserted_BL)
     return y
 
 
-def _mixed(adapters: Adapters, routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+def _mixed(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
     assert routing.weights_N is not None
     weights = routing.weights_N.to(y.device, y.dtype)
     changes = [weight * (_through(adapters, key, x, y) - y) for key, weight in zip(routing.keys, weights, strict=True)]
     return y + torch.stack(changes).sum(0)
 
 
-def _on_rows(adapters: Adapters, routing: Routing, x: Tensor, y: Tensor) -> Tensor:
+def _on_rows(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
     rows_B = _fit_rows(adapters.state, cast(Tensor, routing.rows_B).to(y.device), y)
     for deltas in adapters.at_slots(routing.keys).values():
         y = act_on_rows(deltas, rows_B, x, y)
@@ -179,13 +244,18 @@ def _fit_rows(state: State, rows_B: Tensor, y: Tensor) -> Tensor:
 
 def hook(module: nn.Module) -> None:
     """Let the adapters act on a module; hooking twice is hooking once."""
+    children = [cast(nn.ModuleDict, child) for child in cast(Adapters, module._modules[ADAPTERS])._modules.values()]
+    deltas = [cast(Delta, delta) for child in children for delta in child._modules.values()]
     if adapt not in module._forward_hooks.values():
         module.register_forward_hook(adapt, with_kwargs=True)
+    early = any(changes_input(delta) or stands_in(delta) for delta in deltas)
+    if early and prepare not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(prepare, with_kwargs=True)
+    if any(stands_in(delta) for delta in deltas) and depart not in module._forward_hooks.values():
+        module.register_forward_hook(depart, always_call=True)
 
 
 def unhook(modules: Iterable[nn.Module]) -> None:
-    """Take the hook off: the modules run the base's own code again."""
+    """Take the hooks off: the modules run the base's own code again."""
     for module in modules:
-        for number in [number for number, found in module._forward_hooks.items() if found is adapt]:
-            del module._forward_hooks[number]
-            module._forward_hooks_with_kwargs.pop(number, None)
+        drop_hooks(module, (prepare, adapt, depart))

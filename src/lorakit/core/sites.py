@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorakit.core import registry
 from lorakit.core.layouts import Layout, layout_of
-from lorakit.errors import NoSuchTarget, nearest
+from lorakit.errors import BadMethod, NoSuchTarget, nearest
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
@@ -89,11 +89,19 @@ class Site:
 
 @dataclass(frozen=True)
 class Part:
-    """The `index`-th of `of` equal stretches of a fused layer's output."""
+    """One of the stretches of a fused layer's output, in which several roles lie side by side.
+
+    `shares` are the relative widths of all stretches, `index` tells which of them is meant, and `times` how often the
+    stretches come in turn (once a head, where q, k and v are interleaved): numbers, or names of the config's fields.
+
+    >>> Part("attn.c_attn", 1, shares=(1, 1, 1)).index  # the second third
+    1
+    """
 
     path: str
     index: int
-    of: int
+    shares: tuple[int | str, ...]
+    times: int | str = 1
 
 
 Where = str | Part | tuple[str, ...]  # a path, a part of a fused layer, or several paths
@@ -103,24 +111,51 @@ Where = str | Part | tuple[str, ...]  # a path, a part of a fused layer, or seve
 class Family:
     """Where the roles live in one model family.
 
-    `block` is the tail of a block's path (`layers.*`); `inside` maps roles to paths below a block, `outside` to path
-    tails elsewhere; a role may have several (self- and cross-attention).
+    `block` is the tail of a block's path (`layers.*`); `inside` maps roles to paths below a block, `outside` to tails
+    of whole paths; a role may have several (self- and cross-attention).
+    `post_norm` says that a block's norms come after the residual additions (BERT), `bidirectional` that a token sees
+    those after it, and `leading` how many tokens have to stay first ([CLS]).
+    `unbatched` maps tails of paths to the reason why the rows of a batch cannot be told apart in these layers.
+    `given` holds the fields of this record that differ where a field of the config has some value.
     """
 
     model_types: tuple[str, ...]
-    block: str
+    block: str | tuple[str, ...]
     inside: Mapping[str, Where]
     outside: Mapping[str, str | tuple[str, ...]]
+    post_norm: bool = False
+    bidirectional: bool = False
+    leading: int = 0
+    unbatched: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[tuple[str, object], Mapping[str, Any]] = field(default_factory=dict)
 
 
 def family_of(model: nn.Module) -> Family:
     """The record of the model's family, or one inferred from its module names."""
-    config = getattr(model, "config", None)
+    known = _known(getattr(model, "config", None))
+    return registry.find("lorakit.families", "infer").infer(model) if known is None else known
+
+
+def _known(config: Any) -> Family | None:
     for name in registry.names("lorakit.families"):
         module = registry.find("lorakit.families", name)
         if name != "infer" and getattr(config, "model_type", None) in module.FAMILY.model_types:
-            return module.FAMILY
-    return registry.find("lorakit.families", "infer").infer(model)
+            return _as_given(module.FAMILY, config)
+    return None
+
+
+def _as_given(family: Family, config: Any) -> Family:
+    for (name, value), fields in family.given.items():
+        if getattr(config, name, None) == value:
+            family = replace(family, **fields)
+    return family
+
+
+def unbatched(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Those of the layers in which the rows of a batch cannot be told apart, each with the reason."""
+    family = _known(getattr(model, "config", None))
+    told = family.unbatched if family else {}
+    return {path: why for path in paths for tail, why in told.items() if is_tail(path, tail)}
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -140,13 +175,19 @@ def sites_of(model: nn.Module) -> list[Site]:
         ['attn.q', 'attn.k', 'attn.v', 'attn.qkv']
     """
     family = family_of(model)
-    block = re.compile(rf"(?:.*\.)?{re.escape(family.block).replace(re.escape('*'), '[0-9]+')}")
+    block = _block(family)
     found = []
     for path, module in modules_of(model):
         for role, where in _roles(path, family, block):
             layout = layout_of(module)
-            found.append(Site(path, role, _slice(where, layout), layout))
+            part = _slice(where, layout, path, model) if isinstance(where, Part) and layout else None
+            found.append(Site(path, role, part, layout))
     return found
+
+
+def _block(family: Family) -> re.Pattern[str]:
+    tails = "|".join(re.escape(tail).replace(re.escape("*"), "[0-9]+") for tail in _paths(family.block))
+    return re.compile(rf"(?:.*\.)?(?:{tails})")
 
 
 def _roles(path: str, family: Family, block: re.Pattern[str]) -> Iterator[tuple[str, Where]]:
@@ -156,21 +197,28 @@ def _roles(path: str, family: Family, block: re.Pattern[str]) -> Iterator[tuple[
     if inside and path[inside.end() :].startswith("."):
         tail = path[inside.end() + 1 :]
         yield from ((role, where) for role, where in family.inside.items() if tail in _paths(where))
-    else:
-        for role, where in family.outside.items():
-            if any(is_tail(path, tail) for tail in _paths(where)):
-                yield role, where
+    for role, tails in family.outside.items():
+        if any(is_tail(path, tail) for tail in _paths(tails)):
+            yield role, tails
 
 
 def _paths(where: Where) -> tuple[str, ...]:
     return (where.path,) if isinstance(where, Part) else (where,) if isinstance(where, str) else where
 
 
-def _slice(where: Where, layout: Layout | None) -> Slice | None:
-    if not isinstance(where, Part) or layout is None:
-        return None
-    size = layout.out_features // where.of
-    return Slice(where.index * size, size, layout.out_features)
+def _slice(where: Part, layout: Layout, path: str, model: nn.Module) -> Slice:
+    shares, times = [_number(share, model) for share in where.shares], _number(where.times, model)
+    unit, rest = divmod(layout.out_features, sum(shares) * times)
+    if rest:
+        raise BadMethod(
+            f"{path} has {layout.out_features} output units, which its config does not share out: {times} times "
+            f"{'+'.join(map(str, shares))} (from {', '.join(map(str, where.shares))}); the config is not this model's"
+        )
+    return Slice(unit * sum(shares[: where.index]), unit * shares[where.index], unit * sum(shares), times)
+
+
+def _number(told: int | str, model: nn.Module) -> int:
+    return told if isinstance(told, int) else int(getattr(model.config, told))
 
 
 def is_tail(path: str, tail: str) -> bool:

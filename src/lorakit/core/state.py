@@ -7,7 +7,7 @@ The root module holds one `State`; every adapted module holds an `Adapters` chil
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -48,6 +48,9 @@ class State:
     repeats: int = 1  # how often `generate` repeats each row, while it runs
     owner: int | None = None  # the thread whose `with use(...)` is open
     recomputation: Recomputation = field(default_factory=Recomputation)
+    context_ends_B: Tensor | None = None  # where the contexts of the present batch end, if a caller or labels told
+    labels_told: bool = False
+    ends_B: Tensor | None = None  # where they ended in the last sequence that began
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in nobody's block and awaits no backward."""
@@ -89,7 +92,7 @@ class Adapters(nn.Module):
 
     def rests(self, name: str) -> bool:
         """Whether an adapter has deltas here that no forward used: not seen to act, no gradient, never stepped."""
-        deltas = self.deltas(name)
+        deltas = [delta for delta in self.deltas(name) if not delta.may_rest]
         graded = any(parameter.grad is not None for delta in deltas for parameter in delta.parameters())
         stepped = _version(deltas) > self.versions.get(name, 0)  # a copy begins at 0 again
         return bool(deltas) and name not in self.acted and not graded and not stepped
@@ -162,11 +165,23 @@ def deltas_of(model: nn.Module, name: str) -> list[Delta]:
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The adapter's own parameters by `<module path>.<slot>.<parameter>`, in the order of its plan (live tensors)."""
-    return {
-        f"{delta.placement.path}.{delta.placement.slot}.{key}": parameter
-        for delta in deltas_of(model, name)
-        for key, parameter in delta.named_parameters()
-    }
+    return cast(dict[str, nn.Parameter], _distinct(model, name, nn.Module.named_parameters))
+
+
+def adapter_buffers(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's other numbers (masks, averages) by the same names (live tensors)."""
+    return _distinct(model, name, nn.Module.named_buffers)
+
+
+def _distinct(
+    model: nn.Module, name: str, listed: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """Tensors of an adapter; what its deltas share stands once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for delta in deltas_of(model, name):
+        for key, value in listed(delta):
+            found.setdefault(id(value), (f"{delta.placement.path}.{delta.placement.slot}.{key}", value))
+    return dict(found.values())
 
 
 def idle(model: nn.Module, name: str) -> list[str]:

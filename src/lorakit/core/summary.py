@@ -97,9 +97,10 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
     for delta in deltas:
         key = (delta.placement.role, _shape(model, delta.placement), _size(delta.placement))
         groups.setdefault(key, []).append(sum(p.numel() for p in delta.parameters()))
-    own = [p for delta in deltas for p in delta.parameters()]
-    whole = [p for delta in deltas if not delta.placement.rank for p in delta.parameters()]
-    stored = [*record.method.to_peft(deltas)[1].values(), *whole]
+    own = list({id(p): p for delta in deltas for p in delta.parameters()}.values())
+    whole = [p for delta in deltas if delta.placement.is_replaced for p in delta.parameters()]
+    theirs = [delta for delta in deltas if not delta.placement.is_replaced]
+    stored = [*record.method.to_peft(theirs)[1].values(), *whole]
     return AdapterSummary(
         name=name,
         method=record.method.name,

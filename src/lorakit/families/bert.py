@@ -17,4 +17,8 @@ FAMILY = Family(
         "norm.mlp": "output.LayerNorm",
     },
     outside={"embed": "embeddings.word_embeddings", "head": "classifier"},
+    post_norm=True,
+    bidirectional=True,
+    leading=1,
+    given={("is_decoder", True): {"bidirectional": False}},
 )

@@ -7,9 +7,9 @@ FAMILY = Family(
     block="h.*",
     inside={
         "attn": "attn",
-        "attn.q": Part("attn.c_attn", 0, 3),
-        "attn.k": Part("attn.c_attn", 1, 3),
-        "attn.v": Part("attn.c_attn", 2, 3),
+        "attn.q": Part("attn.c_attn", 0, shares=(1, 1, 1)),
+        "attn.k": Part("attn.c_attn", 1, shares=(1, 1, 1)),
+        "attn.v": Part("attn.c_attn", 2, shares=(1, 1, 1)),
         "attn.qkv": "attn.c_attn",
         "attn.o": "attn.c_proj",
         "mlp": "mlp",

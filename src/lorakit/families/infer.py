@@ -171,5 +171,11 @@ def _ends(model: nn.Module) -> Paths:
         except (AttributeError, NotImplementedError):
             continue
         if id(module) in paths:
-            found[role] = {paths[id(module)]: None}
+            found[role] = {paths[id(_only_layer(module))]: None}
     return found
+
+
+def _only_layer(module: nn.Module) -> nn.Module:
+    """The one layer with a weight matrix that a module wraps (an image's patches), or the module itself."""
+    layers = [inner for inner in module.modules() if layout_of(inner)]
+    return layers[0] if len(layers) == 1 else module

@@ -1,9 +1,9 @@
-"""Llama and the models that share its module names (Mistral, Qwen2, Qwen3, SmolLM)."""
+"""Llama and the models that share its module names (Mistral, SmolLM)."""
 
 from lorakit.core.sites import Family
 
 FAMILY = Family(
-    model_types=("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"),
+    model_types=("llama", "mistral", "ministral", "smollm3"),
     block="layers.*",
     inside={
         "attn": "self_attn",

@@ -56,7 +56,7 @@ def merge_checkpoint(
     model = _skeleton(base, saved)
     checkpoint = _Checkpoint(model, {key: entry for each in shards.values() for key, entry in each.items()})
     record, deltas = files.fitted(model, adapter, found, any_base=any_base, base=checkpoint.value, device="cpu")
-    refuse_tied(model, record.plan)
+    refuse_tied(model, record.method, record.plan)
     job = _Job(checkpoint, [delta for _, delta in deltas], {} if any_base else saved.get("samples", {}))
     with new_folder(out) as folder:
         _copy_the_rest(base, folder)

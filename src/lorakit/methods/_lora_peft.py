@@ -37,7 +37,6 @@ READ = {
     "modules_to_save": list[str] | None,
 }
 UNREADABLE = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
     "target_parameters": "target_parameters",
     "layer_replication": "layer_replication",
@@ -57,6 +56,17 @@ class Pair(Protocol):
     A: nn.Parameter
     B: nn.Parameter
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The factors of the whole update, with what it began with."""
+
+    def keep_start(self, a_RI: Tensor, b_OR: Tensor) -> None:
+        """Take B0 A0 off the update."""
+
+
+def is_lora(config: Any, *, dora: bool) -> bool:
+    """Whether a PEFT config is LoRA's, with or without DoRA's magnitudes."""
+    return config.get("peft_type") == "LORA" and bool(config.get("use_dora")) == dora
+
 
 def write(
     deltas: Sequence[Pair], *, rooted: bool, extra: Mapping[str, Any]
@@ -68,7 +78,7 @@ def write(
     for path, group in _by_path(deltas):
         a_RI, b_OR = _block(group)
         ranks[path] = a_RI.shape[0]
-        share = ranks[path] / _first(group).rank
+        share = ranks[path] / _first(group).rank  # 2 where the update began with B0 A0
         alphas[path] = _first(group).alpha * (math.sqrt(share) if rooted else share)
         tensors |= _named(path, group[0].layout, a_RI, b_OR)
     rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
@@ -93,18 +103,18 @@ def _by_path(deltas: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
 
 def _block(group: list[Pair]) -> tuple[Tensor, Tensor]:
     """One A and B for all slices of a layer: A stacked, B block by block, scales brought to one."""
-    first = group[0]
-    if len(group) == 1 and first.placement.slice is None:
-        return first.A.detach(), first.B.detach()
-    rank = sum(delta.placement.rank for delta in group)
-    b_OR, at = first.B.new_zeros(first.layout.out_features, rank).detach(), 0
-    for delta in group:
-        end, columns = at + delta.placement.rank, b_OR[:, at : at + delta.placement.rank]
-        ratio, part = _ratio(delta, group), delta.placement.slice
-        new = delta.B.detach() * ratio if ratio != 1.0 else delta.B.detach()
+    pairs = [tuple(factor.detach() for factor in delta.pair()) for delta in group]
+    if len(group) == 1 and group[0].placement.slice is None:
+        return pairs[0][0], pairs[0][1]
+    rank = sum(len(a_RI) for a_RI, _ in pairs)
+    b_OR, at = pairs[0][1].new_zeros(group[0].layout.out_features, rank), 0
+    for delta, (a_RI, own) in zip(group, pairs, strict=True):
+        end = at + len(a_RI)
+        columns, ratio, part = b_OR[:, at:end], _ratio(delta, group), delta.placement.slice
+        new = own * ratio if ratio != 1.0 else own
         b_OR[:, at:end] = new if part is None else part.put(columns, new, 0)
         at = end
-    return torch.cat([delta.A.detach() for delta in group]), b_OR
+    return torch.cat([a_RI for a_RI, _ in pairs]), b_OR
 
 
 def _first(group: Sequence[Pair]) -> Placement:
@@ -139,6 +149,7 @@ def read(deltas: Sequence[Pair], tensors: dict[str, Tensor]) -> list[str]:
     """Copy A and B into the deltas, splitting blocks into slices; used tensors leave `tensors`; faults come back."""
     faults: list[str] = []
     for path, group in _by_path(deltas):
+        _make_room(group, tensors)
         want = _named(path, group[0].layout, *_block(group))
         found = {name: tensors.pop(name, None) for name in want}
         for name, tensor in found.items():
@@ -152,15 +163,29 @@ def read(deltas: Sequence[Pair], tensors: dict[str, Tensor]) -> list[str]:
     return faults
 
 
+def _make_room(group: list[Pair], tensors: Mapping[str, Tensor]) -> None:
+    """A file with twice the rank holds [A; A0] and [B, -B0]: make room for what the update began with."""
+    path = group[0].placement.path
+    stored = next((tensors[path + end] for end in A_NAMES if path + end in tensors), None)
+    rank = sum(delta.placement.rank for delta in group)
+    if stored is not None and stored.dim() and len(stored) == 2 * rank:
+        for delta in group:
+            delta.keep_start(delta.A, delta.B)
+
+
 @torch.no_grad()
 def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
     at = 0
     for delta in group:
-        rows, ratio = slice(at, at + delta.placement.rank), _ratio(delta, group)
-        part, block = delta.placement.slice, b_OR[:, rows]
+        (mine, _), rank = delta.pair(), delta.placement.rank
+        rows, ratio = slice(at, at + len(mine)), _ratio(delta, group)
+        part, block, read_a = delta.placement.slice, b_OR[:, rows], a_RI[rows]
         own = block if part is None else part.take(block, 0)
-        delta.A.copy_(a_RI[rows])
-        delta.B.copy_(own / ratio if ratio not in (0.0, 1.0) else own)
+        own = own / ratio if ratio not in (0.0, 1.0) else own
+        delta.A.copy_(read_a[:rank])
+        delta.B.copy_(own[:, :rank])
+        if len(mine) > rank:
+            delta.keep_start(read_a[rank:], -own[:, rank:])
         at = rows.stop
 
 

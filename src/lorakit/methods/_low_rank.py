@@ -1,0 +1,262 @@
+"""What the low-rank methods share: their fields, and factors A and B of one site's update.
+
+Legend: B batch, T tokens, I in, O out, R rank, N adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.core.delta import Delta
+from lorakit.core.initialise import initialisation
+from lorakit.core.layouts import Layout, layout_of
+from lorakit.core.method import Method, Tensors
+from lorakit.core.plan import Placement, Plan
+from lorakit.core.replace import BiasMode, bias_placements
+from lorakit.core.sites import GROUPS, Site, matching, resolve
+from lorakit.errors import BadMethod, NoSuchTarget, nearest
+from lorakit.methods import _lora_peft as peft_format
+
+LOW_RANK = "low-rank"
+Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
+Rules = Iterator[tuple[str, object, str, bool]]
+_LAYERS = "Linear, Conv1D, Embedding or ungrouped Conv2d"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targeted(Method):
+    """A method that acts on layers with a weight matrix, chosen by targets."""
+
+    targets: tuple[str, ...] | str = ("attn.q", "attn.v")  # roles, groups, globs; commas separate them in a text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._split("targets")
+        refuse(self, self._rules())
+
+    def _rules(self) -> Rules:
+        yield "targets", self.targets, "roles, groups or globs, at least one", bool(self.targets)
+
+    def sites(self, model: nn.Module, layers: str = _LAYERS) -> list[Site]:
+        """The targets' sites with a weight matrix; every target names at least one.
+
+        Raises:
+            NoSuchTarget: a target that matches nothing.
+            BadMethod: a target that matches only modules without a matrix.
+        """
+        sites = resolve(model, self.targets)
+        for target in self.targets:
+            if not any(site.layout for site in matching(sites, target, model)):
+                kinds = {type(model.get_submodule(s.path)).__name__ for s in matching(sites, target, model)}
+                raise BadMethod(f"{self.name} needs {layers} layers, but {target!r} names {', '.join(sorted(kinds))}")
+        return [site for site in sites if site.layout is not None]
+
+
+def refuse(method: Method, rules: Rules) -> None:
+    """Refuse fields that break their rules, all in one sentence.
+
+    Raises:
+        BadMethod: one rule or several are broken.
+    """
+    if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
+        raise BadMethod(f"{type(method).__name__} cannot be built so: {'; '.join(faults)}")
+
+
+def whole(name: str, value: object, least: int = 1) -> tuple[str, object, str, bool]:
+    """The rule of a whole number that is at least `least`."""
+    return name, value, f"a whole number of at least {least}", isinstance(value, int) and value >= least
+
+
+def finite(name: str, value: object) -> tuple[str, object, str, bool]:
+    """The rule of a finite number."""
+    return name, value, "a finite number", isinstance(value, int | float) and math.isfinite(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankMethod(Targeted):
+    """A method whose deltas hold A (r, in) and B (out, r)."""
+
+    kinds: ClassVar[tuple[str, ...]] = (LOW_RANK,)
+
+    rank: int = 8  # R; rows of A, columns of B
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single targets
+    alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single targets
+    init: str = "kaiming"  # a file of inits/: gaussian (the paper's), kaiming (loralib's), pissa, olora, ...
+    scaling: Scaling = "alpha/r"  # or alpha/sqrt(r)
+    dropout: float = 0.0  # on the branch's input only
+    bias: BiasMode = "none"  # train biases too: of the adapted layers (lora_only) or all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        initialisation(self.init)
+
+    def _rules(self) -> Rules:
+        yield from (whole("rank", rank) for rank in (self.rank, *self.ranks.values()))
+        yield from (finite("alpha", alpha) for alpha in (self.alpha, *self.alphas.values()))
+        yield "dropout", self.dropout, "at least 0 and below 1", 0 <= self.dropout < 1
+        yield "scaling", self.scaling, f"one of {get_args(Scaling)}", self.scaling in get_args(Scaling)
+        yield "bias", self.bias, f"one of {get_args(BiasMode)}", self.bias in get_args(BiasMode)
+        something = bool(self.targets or self.train or self.bias == "all")
+        yield "targets", self.targets, "roles, groups or globs, at least one", something
+
+    def needs(self) -> frozenset[str]:
+        """What the initialisation needs."""
+        return initialisation(self.init).needs
+
+    def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
+        """One low-rank placement a site, then biases."""
+        sites = self.sites(model)
+        ranks, alphas = _per_site(model, sites, self.ranks), _per_site(model, sites, self.alphas)
+        shared_out = self._shared_out(sites, statistics)
+        low = [
+            self._placement(site, int(rank or usual), self.alpha if alpha is None else float(alpha))
+            for site, rank, usual, alpha in zip(sites, ranks, shared_out, alphas, strict=True)
+            if rank or usual
+        ]
+        return (*low, *bias_placements(model, self.bias, (placement.path for placement in low)))
+
+    def _shared_out(self, sites: list[Site], statistics: Mapping[Any, Any] | None) -> list[int]:
+        """The rank of each site: the method's, or as the initialisation shares ranks out by statistics."""
+        share = initialisation(self.init).ranks
+        if share is None or statistics is None:
+            return [self.rank] * len(sites)
+        return share([statistics[site.path, site.slice] for site in sites], self.rank)
+
+    def _placement(self, site: Site, rank: int, alpha: float) -> Placement:
+        scale = alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
+        return Placement(site.path, site.role, LOW_RANK, site.slice, rank, alpha, scale, self.init)
+
+    def check(self, plan: Plan, model: nn.Module) -> None:
+        """Refuse a rank above the matrix it adapts: it would add numbers but no freedom."""
+        for placement in plan:
+            layout = layout_of(model.get_submodule(placement.path))
+            if placement.kind == LOW_RANK and layout is not None:
+                out = placement.slice.width if placement.slice else layout.out_features
+                if placement.rank > min(layout.in_features, out):
+                    raise BadMethod(
+                        f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {layout.in_features});"
+                        f" the largest rank there is {min(layout.in_features, out)}"
+                    )
+
+    def start(self, deltas: Sequence[Delta], model: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
+        """A fresh adapter is the base: B is zero, or B0 A0 is taken off again."""
+        for delta in deltas:
+            if isinstance(delta, Factors):
+                delta.start(model.get_submodule(delta.placement.path), statistics)
+
+    def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
+        """PEFT's fields and tensors; slices of one fused layer become one block of the summed rank."""
+        extra = {"lora_dropout": self.dropout, "use_rslora": self.scaling != "alpha/r", "bias": self.bias}
+        return peft_format.write(factors(deltas), rooted=self.scaling != "alpha/r", extra=extra)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Tensors, model: nn.Module) -> tuple[Self, Plan]:
+        """The method of a PEFT folder; ranks come from the tensors, alphas from the first matching pattern."""
+        method = cls(**peft_format.fields(config, tensors, model))
+        return method, method.plan(model)
+
+    def read(self, deltas: Sequence[Delta], tensors: Tensors) -> list[str]:
+        """Copy A and B out of `tensors` into the deltas."""
+        return peft_format.read(factors(deltas), tensors)
+
+
+def _per_site(model: nn.Module, sites: list[Site], given: Mapping[str, Any]) -> list[Any]:
+    """The value that each site is given by the most specific matching key (glob, then role, then group), or None."""
+    values: dict[tuple[str, Any], Any] = {}
+    for key in sorted(given, key=lambda key: _specificity(key, sites)):
+        matched = matching(sites, key, model)
+        hit = [site for site in sites if site in matched or site.path in {m.path for m in matched if m.slice is None}]
+        if not hit:
+            roles = {site.role for site in sites} | set(GROUPS)
+            raise NoSuchTarget(f"{key!r} is given a rank or alpha but is not among the targets; {nearest(key, roles)}")
+        values |= {(site.path, site.slice): given[key] for site in hit}
+    return [values.get((site.path, site.slice)) for site in sites]
+
+
+def _specificity(key: str, sites: Iterable[Site]) -> int:
+    if key in GROUPS:
+        return 0
+    return 1 if any(site.role == key for site in sites) else 2
+
+
+def weight_of(placement: Placement, module: nn.Module) -> Tensor:
+    """The base's W (out, in) at a placement (a view where it can be one)."""
+    layout = layout_of(module)
+    if layout is None:
+        raise BadMethod(f"{placement.path} is a {type(module).__name__}, which has no weight matrix to adapt")
+    weight_OI = layout.matrix(module.get_parameter("weight").detach())
+    return weight_OI if placement.slice is None else placement.slice.take(weight_OI, 0)
+
+
+class Factors(Delta):
+    """A (R, in) and B (out, R) of one site; s (B A - B0 A0) is its update, B0 A0 what an initialisation began with."""
+
+    outer = ("B",)
+    layout: Layout
+
+    def __init__(self, placement: Placement, module: nn.Module, dropout: float = 0.0) -> None:
+        layout = layout_of(module)
+        if layout is None:
+            raise BadMethod(f"{placement.path} is a {type(module).__name__}, which lorakit cannot adapt")
+        super().__init__(placement, layout)
+        initialisation(placement.init)  # a file may name one that does not exist
+        out = placement.slice.width if placement.slice else layout.out_features
+        self.A = nn.Parameter(torch.zeros(placement.rank, layout.in_features))
+        self.B = nn.Parameter(torch.zeros(out, placement.rank))
+        self.A0: Tensor | None
+        self.B0: Tensor | None
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+        self.scale, self.dropout = placement.scale, dropout
+
+    @torch.no_grad()
+    def start(self, module: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
+        """Take the first values from the initialisation that the placement names."""
+        init, place = initialisation(self.placement.init), self.placement
+        if self.layout.lookup:  # an embedding's input selects columns of A, so A is the zero half (loralib, PEFT)
+            self.B.copy_(torch.randn(self.B.shape))
+            return
+        found = None if statistics is None else statistics.get((place.path, place.slice))
+        a_RI, b_OR = init(weight_of(place, module), place.rank, found, self.scale)
+        self.A.copy_(a_RI)
+        self.B.copy_(b_OR)
+        if not b_OR.is_meta and bool(b_OR.any()):
+            self.keep_start(a_RI, b_OR)
+
+    def keep_start(self, a_RI: Tensor, b_OR: Tensor) -> None:
+        """Take B0 A0 off the update from now on."""
+        self.A0, self.B0 = a_RI.detach().clone().to(self.A), b_OR.detach().clone().to(self.B)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B such that s B A is the whole update: [A; A0] and [B, -B0] where there is a start to take off."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
+
+    def branch(self, x: Tensor, y: Tensor) -> Tensor:
+        """s (B A - B0 A0) dropout(x) in y's dtype; A and B are cast to it, x never is."""
+        a_RI, b_OR = (factor.to(y.dtype) for factor in self.pair())
+        drop = self.dropout if self.training else 0.0
+        if self.layout.lookup:
+            low = F.dropout(self.layout.project(x, a_RI), drop)
+        else:
+            low = self.layout.project(F.dropout(x, drop) if drop else x, a_RI)
+        return self.layout.lift(low * self.scale, b_OR).to(y.dtype)
+
+    def updated(self, weight_OI: Tensor) -> Tensor:
+        """W + s (B A - B0 A0)."""
+        a_RI, b_OR = self.pair()
+        return torch.addmm(weight_OI, b_OR.to(weight_OI), a_RI.to(weight_OI), alpha=self.scale)
+
+
+def factors(deltas: Sequence[Delta]) -> list[Factors]:
+    """The low-rank ones among deltas."""
+    return [cast(Factors, delta) for delta in deltas if isinstance(delta, Factors)]
