@@ -22,12 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lorakit.core import registry
-from lorakit.core.method import Method, method_called
+from lorakit.core.method import Method, method_names, named
 from lorakit.errors import LorakitError, nearest
 from lorakit.methods import DEFAULT
 
-METHODS = "lorakit.methods"
 OVERRIDES = "overrides"  # of a field's metadata: the dataclass whose given values it holds
 METHOD = "name"  # the field that chooses the dataclass where several are possible
 NAMES = tuple[str, ...]
@@ -45,12 +43,14 @@ def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
     words = [_spelled_out(kind, word) for word in [*_in_file(kind, words), *words]]
     parser = ArgumentParser(prog=f"lorakit {verb}", description=title, exit_on_error=False, parser_mode="toml")
     parser.add_argument("--config", type=str, help="a TOML file with the same names")
-    chosen = _chosen_method(words)
+    name = _given(words, f"--method.{METHOD}") or DEFAULT.name
+    chosen, preset = named(name)
     for path, leaf in _leaves(kind, chosen):
         _add(parser, path, leaf)
     if Method in _hints(kind).values():
-        named = ", ".join(registry.names(METHODS))
-        parser.add_argument(f"--method.{METHOD}", type=str, default=chosen.name, help=f"one of: {named}")
+        have = ", ".join(sorted(method_names()))
+        parser.add_argument(f"--method.{METHOD}", type=str, default=name, help=f"one of: {have}")
+        parser.set_defaults({f"method.{field}": value for field, value in preset.items()})
     if {"-h", "--help"} & set(words):
         parser.print_help()
         return None
@@ -167,11 +167,6 @@ def _spelled_out(kind: type, word: str) -> str:
             first = METHOD if hint is Method else fields(hint)[0].name
             return f"{head}.{first}{equals}{value}"
     return word
-
-
-def _chosen_method(words: Sequence[str]) -> type[Method]:
-    name = _given(words, f"--method.{METHOD}")
-    return method_called(name) if name else DEFAULT
 
 
 def _given(words: Sequence[str], flag: str) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakit.core.hooks import drop_hooks
 from lorakit.core.route import Inserted, Routing
 from lorakit.core.sites import ADAPTERS, family_of, sites_of
-from lorakit.core.state import Adapters, State, state_of
+from lorakit.core.state import Adapters, State, state_of, state_or_new
 from lorakit.errors import BadData, BadMethod, BadRouting
 
 Numbers = tuple[int, int]  # positions before the tokens, and between context and target
@@ -52,7 +52,7 @@ def contexts(model: nn.Module, ends_B: Tensor) -> Iterator[None]:
 
     Without it, a context is the whole row.
     """
-    state = state_of(model)
+    state = state_or_new(model)
     before, state.context_ends_B = state.context_ends_B, ends_B
     try:
         yield

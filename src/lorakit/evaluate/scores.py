@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from lorakit.core.insertion import contexts
 from lorakit.evaluate.setting import evaluating, require_writer
 
 _CHUNK_ROWS = 256
@@ -69,6 +70,7 @@ def _logits(model: Any, requests: list[Request], columns_C: list[int]) -> Tensor
     attention_BT = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
     columns = torch.tensor(columns_C, device=model.device)
     inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        return model(**inputs, logits_to_keep=columns).logits
-    return model(**inputs).logits[:, columns]
+    with contexts(model, torch.tensor([min(request.positions, default=0) + 1 for request in requests])):
+        if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+            return model(**inputs, logits_to_keep=columns).logits
+        return model(**inputs).logits[:, columns]

@@ -225,7 +225,9 @@ class Factors(Delta):
             self.B.copy_(torch.randn(self.B.shape))
             return
         found = None if statistics is None else statistics.get((place.path, place.slice))
-        a_RI, b_OR = init(weight_of(place, module), place.rank, found, self.scale)
+        a_RI, b_OR = init.factors(weight_of(place, module), place.rank, found, place.path)
+        if init.splits and self.scale > 0:  # B A is the update itself
+            a_RI, b_OR = a_RI / math.sqrt(self.scale), b_OR / math.sqrt(self.scale)
         self.A.copy_(a_RI)
         self.B.copy_(b_OR)
         if not b_OR.is_meta and bool(b_OR.any()):

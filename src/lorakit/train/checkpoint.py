@@ -22,20 +22,25 @@ from lorakit.core.atomic import write_files
 
 _log = logging.getLogger(__name__)
 _KEPT = 2
-_PARAMETER = "parameter"
+_PARAMETER, _BUFFER = "parameter", "buffer"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The state after `step` steps: `<kind>:<parameter>` -> tensor, kind being parameter or a name of the optimiser."""
+    """The state after `step` steps: `<kind>:<name>` -> tensor, kind being parameter, buffer or a name of the optimiser."""
 
     step: int
     tensors: Mapping[str, Tensor]
 
 
-def take(step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Checkpoint:
-    """The present state of these parameters and of their optimiser."""
-    tensors: dict[str, Tensor] = {}
+def take(
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> Checkpoint:
+    """The present state of these parameters, of their optimiser, and of what else the adapter keeps."""
+    tensors = {f"{_BUFFER}:{name}": value for name, value in (buffers or {}).items()}
     for name, parameter in parameters.items():
         state = {_PARAMETER: parameter.detach(), **optimizer.state.get(parameter, {})}
         tensors.update((f"{kind}:{name}", tensor) for kind, tensor in state.items())
@@ -43,11 +48,19 @@ def take(step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.opt
 
 
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint back into the parameters and the optimiser."""
+def restore(
+    checkpoint: Checkpoint,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Put a checkpoint back into the parameters, the optimiser and the buffers."""
     optimizer.state.clear()
     for key, tensor in checkpoint.tensors.items():
         kind, name = key.split(":", 1)
+        if kind == _BUFFER:
+            (buffers or {})[name].copy_(tensor)
+            continue
         parameter = parameters[name]
         if kind == _PARAMETER:
             parameter.copy_(tensor)

@@ -18,7 +18,8 @@ from lorakit.core.attach import parameters
 from lorakit.core.fingerprint import fingerprint
 from lorakit.core.mode import mode
 from lorakit.core.routing import use
-from lorakit.core.state import adapter_tensors, attached_to, idle
+from lorakit.core.state import adapter_buffers, adapter_tensors, attached_to, deltas_of, idle
+from lorakit.core.stepping import after_step, before_step, penalty
 from lorakit.errors import BadData, BadMethod, BadState, Interrupted, LorakitError, NeverActed
 from lorakit.train import checkpoint
 from lorakit.train.feed import Feed
@@ -83,7 +84,7 @@ def run(
 def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> Steps:
     found = None if folder is None else folder.begin()
     if found is not None:
-        checkpoint.restore(found, loop.trained, loop.optimizer)
+        checkpoint.restore(found, loop.trained, loop.optimizer, adapter_buffers(loop.model, loop.name))
     done = first = 0 if found is None else found.step
     plan = loop.feed.plan(loop.settings, done)
     loss = loop.loss()
@@ -140,8 +141,9 @@ class _Loop:
             norm = self._clip(number, mean_loss)
             rate = learning_rate(number, self.steps, self.settings)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["ratio"]
             self.optimizer.step()
+            after_step(self.model, self.name, number, self.steps)
         finally:
             self.optimizer.zero_grad()
         return Step(number, self.steps, mean_loss, rate, norm, tokens, time.perf_counter() - began)
@@ -155,10 +157,14 @@ class _Loop:
         if 0 in counts:
             raise _nothing_labelled(number, batches[counts.index(0)])
         total, summed, device = sum(counts), 0.0, self.model.device
+        before_step(self.model, self.name, number, self.steps)
         with use(self.model, self.name), mode(self.model, training=True), seeded(self.settings.seed, number, device):
             for batch in collated:
                 release()
                 summed += loss.backward(self.model, batch, total)
+            added = penalty(self.model, self.name)
+            if added is not None:
+                added.backward()
         return summed / total, sum(int(batch.attention_BT.sum()) for batch in collated)
 
     def _clip(self, number: int, mean_loss: float) -> float:
@@ -180,7 +186,7 @@ class _Loop:
         return found
 
     def checkpoint(self, step: int) -> checkpoint.Checkpoint:
-        return checkpoint.take(step, self.trained, self.optimizer)
+        return checkpoint.take(step, self.trained, self.optimizer, adapter_buffers(self.model, self.name))
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be resumed."""
@@ -200,9 +206,7 @@ class _Loop:
 
 def _loop(model: Any, feed: Feed, settings: Train, name: str) -> _Loop:
     trained = _trained(model, name)
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=settings.learning_rate, betas=(0.9, 0.999), weight_decay=settings.weight_decay
-    )
+    optimizer = torch.optim.AdamW(_groups(model, name, trained, settings), weight_decay=settings.weight_decay)
     return _Loop(model, feed, settings, name, trained, feed.steps(settings), optimizer)
 
 
@@ -212,6 +216,24 @@ def _trained(model: Any, name: str) -> dict[str, nn.Parameter]:
     if not wanted:
         raise BadState(f"the adapter {name!r} has no trainable parameter; attach one, or load(..., trainable=True)")
     return {key: parameter for key, parameter in adapter_tensors(model, name).items() if id(parameter) in wanted}
+
+
+def _groups(model: Any, name: str, trained: Mapping[str, nn.Parameter], settings: Train) -> list[dict[str, Any]]:
+    """The optimiser's groups: LoRA+ (Hayou et al. 2024, arXiv:2402.12354) lets the output's side learn faster.
+
+    Raises:
+        BadMethod: a ratio for a method whose factors have no sides.
+    """
+    if settings.outer_ratio == 1:
+        return [{"params": list(trained.values()), "ratio": 1.0}]
+    sides = [(delta.outer, key, p) for delta in deltas_of(model, name) for key, p in delta.named_parameters()]
+    outer = {id(parameter) for names, key, parameter in sides if key in names}
+    if not outer:
+        raise BadMethod(f"outer_ratio={settings.outer_ratio:g} needs factors on an output's side (LoRA's B), and "
+                        f"{attached_to(model, name).method.name} has none; leave it at 1")  # fmt: skip
+    fast = [parameter for parameter in trained.values() if id(parameter) in outer]
+    slow = [parameter for parameter in trained.values() if id(parameter) not in outer]
+    return [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": settings.outer_ratio}]
 
 
 def _refuse_untrained_head(model: Any, name: str) -> None:

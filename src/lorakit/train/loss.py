@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorakit.core.insertion import contexts
 from lorakit.errors import BadModel
 from lorakit.train.feed import Batch
 
@@ -67,7 +68,8 @@ def count_classes(batch: Batch) -> int:
 
 def picked_backward(model: Any, batch: Batch, total: int) -> float:
     """Next-token loss with head and cross-entropy on labelled positions alone."""
-    hidden_BTH = model.base_model(**_inputs(model, batch), use_cache=False).last_hidden_state
+    with contexts(model, _context_ends(batch)):
+        hidden_BTH = model.base_model(**_inputs(model, batch), use_cache=False).last_hidden_state
     wanted_BT, targets_N = _targets(batch, hidden_BTH.device)
     hidden_NH = hidden_BTH[:, :-1][wanted_BT]
     summed, gradient_NH = _head_backward(model.get_output_embeddings(), hidden_NH, targets_N, total)
@@ -78,7 +80,8 @@ def picked_backward(model: Any, batch: Batch, total: int) -> float:
 
 def whole_backward(model: Any, batch: Batch, total: int) -> float:
     """Next-token loss from the model's own logits: slower, right for every model."""
-    logits_BTV = model(**_inputs(model, batch), use_cache=False).logits
+    with contexts(model, _context_ends(batch)):
+        logits_BTV = model(**_inputs(model, batch), use_cache=False).logits
     wanted_BT, targets_N = _targets(batch, logits_BTV.device)
     return _sum_backward(logits_BTV[:, :-1][wanted_BT], targets_N, total)
 
@@ -121,6 +124,11 @@ def _sum_backward(logits_NV: Tensor, targets_N: Tensor, total: int) -> float:
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {"input_ids": batch.ids_BT.to(model.device), "attention_mask": batch.attention_BT.to(model.device)}
+
+
+def _context_ends(batch: Batch) -> Tensor:
+    """Where each row's target begins."""
+    return (batch.labels_BT != _UNLABELLED).int().argmax(1)
 
 
 def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

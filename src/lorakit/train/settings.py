@@ -51,6 +51,7 @@ class Train:
     accumulate: int = 1  # forward passes in one optimiser step
     learning_rate: float = 1e-3  # at the end of the warm-up
     warmup_share: float = 0.06  # part of the steps in which the learning rate rises from 0
+    outer_ratio: float = 1.0  # LoRA+: how many times faster the factors on the output's side (B) learn
     weight_decay: float = 0.0  # AdamW's
     clip_norm: float = 1.0  # longest gradient; 0 never clips
     seed: int = 0  # governs data order and dropout
@@ -68,6 +69,7 @@ class Train:
             ("steps", self.steps, "at least 1, or left out", self.steps is None or self.steps >= 1),
             ("epochs", self.epochs, "above 0", 0 < self.epochs < math.inf),
             ("learning_rate", self.learning_rate, "above 0", 0 < self.learning_rate < math.inf),
+            ("outer_ratio", self.outer_ratio, "above 0", 0 < self.outer_ratio < math.inf),
             ("warmup_share", self.warmup_share, "from 0 to 1", 0 <= self.warmup_share <= 1),
             *counts(batch_size=self.batch_size, accumulate=self.accumulate, max_length=self.max_length),
             seed_rule(self.seed),
