@@ -1,6 +1,12 @@
-"""What every law runs on: each method in `methods/`, some variants of LoRA, each family, float32 and bf16."""
+"""What every law runs on: each method in `methods/`, some variants of LoRA, each family, float32 and bf16.
+
+The default suite runs every method on two families, LoRA's variants on four and LoRA on all; the rest is marked slow.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -8,36 +14,56 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lorakit as lk
-from lorakit.core import registry
-from lorakit.core.method import Method, method_called
-from lorakit.core.state import adapter_tensors
-from tests.tiny import tiny, tokens
+from lorakit.core.method import Method, method_names
+from lorakit.core.state import adapter_tensors, deltas_of
+from tests.tiny import FAMILIES, inputs, tiny
 
-FAMILIES = ("llama", "gpt2", "bert", "roberta")
 DTYPES = (torch.float32, torch.bfloat16)
-METHODS: dict[str, Method] = {name: method_called(name)() for name in registry.names("lorakit.methods")}
+COMMON = ("gpt2", "bert")  # the default suite runs every method on these families
+CORE = ("llama", "gpt2", "bert", "roberta")  # ... LoRA's variants on these, and LoRA itself on all
+METHODS: dict[str, Method] = {name: kind.of_fields(dict(preset)) for name, (kind, preset) in method_names().items()}
 VARIANTS: dict[str, Method] = {
     "lora-linear": lk.LoRA(rank=4, targets="linear", init="gaussian", scaling="alpha/sqrt(r)"),
     "lora-ranks": lk.LoRA(rank=4, targets="attention", ranks={"attn.v": 2, "attn.o": 6}, alphas={"attn.q": 4.0}),
     "lora-embed": lk.LoRA(rank=4, targets="embed,attn.q"),
     "lora-bias": lk.LoRA(rank=4, targets="mlp.up,attn.o", bias="all"),
     "lora-norm": lk.LoRA(rank=4, targets="mlp.up", train="norm.mlp"),
+    "lora-pissa": lk.LoRA(rank=4, init="pissa"),
 }
-WITHOUT_BIAS = ("llama",)  # families that have no bias to train
+WITHOUT_BIAS = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "t5")
+CANNOT = {  # what a family cannot hold; test_refusals says that it is refused
+    **{(family, name): "no bias" for family in WITHOUT_BIAS for name in ("bitfit", "lora-bias")},
+    **{("vit", name): "token ids" for name in ("prefix-embedding", "prefix-layer", "combine")},
+}
 
-ALL = [
-    (family, name)
-    for family in FAMILIES
-    for name in METHODS | VARIANTS
-    if not (family in WITHOUT_BIAS and name == "lora-bias")
-]
-every_case = pytest.mark.parametrize(("family", "method"), ALL)
+
+def _is_default(family: str, name: str) -> bool:
+    return name == "lora" or (family in COMMON and name in METHODS) or (family in CORE and name in VARIANTS)
+
+
+def _cases(names: Iterable[str], families: Iterable[str] = FAMILIES) -> list[Any]:
+    pairs = [(family, name) for family in families for name in names if (family, name) not in CANNOT]
+    pairs = [(family, name) for family, name in pairs if name in METHODS or family in CORE]
+    return [pytest.param(*pair, marks=() if _is_default(*pair) else pytest.mark.slow) for pair in pairs]
+
+
+every_case = pytest.mark.parametrize(("family", "method"), _cases(METHODS | VARIANTS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
 
 
 def method_named(name: str) -> Method:
     """The method or variant of this name."""
     return (METHODS | VARIANTS)[name]
+
+
+def waived(method: str, law: str) -> bool:
+    """Whether a method is free of a law; the law's test then asserts the refusal."""
+    return law in method_named(method).waives
+
+
+def mixes(model: nn.Module, name: str = "a") -> bool:
+    """Whether an adapter may be part of a weighted mixture."""
+    return all(delta.mixes for delta in deltas_of(model, name))
 
 
 def adapted(
@@ -59,9 +85,11 @@ def scramble(model: nn.Module, name: str, seed: int = 0, std: float = 0.05) -> N
         value += std * torch.randn(value.shape, generator=generator)
 
 
-def output(model: PreTrainedModel, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-    """The model's first output on token ids (default: seeded ones)."""
-    return model(tokens(model) if input_ids is None else input_ids)[0]
+def output(model: PreTrainedModel, given: torch.Tensor | Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """The model's first output on token ids or other inputs (default: seeded ones)."""
+    if isinstance(given, torch.Tensor):
+        given = {"input_ids": given}
+    return model(**(inputs(model) if given is None else given))[0]
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:

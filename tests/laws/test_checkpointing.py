@@ -10,14 +10,21 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakit as lk
 from lorakit.errors import BadState
-from tests.laws.cases import FAMILIES, adapted, close, every_dtype, output
+from tests.laws.cases import CORE, adapted, close, every_case, every_dtype, output
 
 ROUTINGS = {"none": None, "one": "a", "rows": ["a", None, "b"], "mixture": {"a": 0.5, "b": 0.5}}
 reentrant = pytest.mark.parametrize("reentrant", [False, True])
 
 
-def _model(family: str, dtype: torch.dtype = torch.float32, *, checkpointed: bool, reentrant: bool = False):
-    model = adapted(family, "lora-linear", dtype, "a", "b").train()
+def _model(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    checkpointed: bool,
+    reentrant: bool = False,
+    method: str = "lora-linear",
+):
+    model = adapted(family, method, dtype, "a", "b").train()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -31,7 +38,7 @@ def _gradients(model) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore")
 @reentrant
 @every_dtype
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("what", ROUTINGS.values(), ids=ROUTINGS)
 @pytest.mark.parametrize("backward", ["inside", "outside", "after another"])
 def test_gradients_are_those_without_checkpointing(
@@ -53,6 +60,22 @@ def test_gradients_are_those_without_checkpointing(
         if backward != "inside":
             loss.backward()
     assert any(gradient.abs().sum() > 0 for gradient in _gradients(plain))
+    for one, other in zip(_gradients(model), _gradients(plain), strict=True):
+        assert torch.equal(one, other) or close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@reentrant
+@every_case
+def test_every_method_is_recomputed_as_it_ran(family: str, method: str, reentrant: bool) -> None:
+    plain = _model(family, checkpointed=False, method=method)
+    model = _model(family, checkpointed=True, reentrant=reentrant, method=method)
+    model.load_state_dict(plain.state_dict())
+    with lk.use(plain, "a"):
+        output(plain).pow(2).mean().backward()
+    with lk.use(model, "a"):
+        loss = output(model).pow(2).mean()
+    loss.backward()  # where b is in force
     for one, other in zip(_gradients(model), _gradients(plain), strict=True):
         assert torch.equal(one, other) or close(one, other)
 

@@ -9,11 +9,21 @@ import torch
 
 import lorakit as lk
 from lorakit.core.state import idle
-from tests.laws.cases import FAMILIES, adapted, close, every_dtype, output
-from tests.tiny import tokens
+from tests.laws.cases import CORE, adapted, close, every_case, every_dtype, output
+from tests.tiny import inputs, tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@every_case
+def test_every_method_compiles(family: str, method: str) -> None:
+    torch._dynamo.reset()
+    model = adapted(family, method)
+    with torch.no_grad():
+        expected = output(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert close(compiled(**inputs(model))[0], expected)
+
+
+@pytest.mark.parametrize("family", CORE)
 @every_dtype
 @pytest.mark.parametrize(
     "what", [None, "a", ["a", None, "b"], {"a": 0.5, "b": 0.5}], ids=["none", "one", "rows", "mixture"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -81,7 +81,7 @@ def _pass(
     before = 0
     for number, given in enumerate(batches, 1):
         if not isinstance(given, Mapping):
-            raise BadData(f"batch {number} is a {type(given).__name__}; calibration needs a mapping of forward's keywords")
+            raise BadData(f"batch {number} is a {type(given).__name__}, not a mapping of forward's keywords")
         batch = {key: value.detach().to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
         positions = positions_of(batch, number, before, labelled_only=labelled_only, two_sided=two_sided)
         gatherer.take(model, batch, positions, loss)
@@ -126,8 +126,9 @@ class _Inputs:
         if "norms" in self.needs:
             self.norms += float(x_NI.norm(dim=1).sum())
 
+    @cached_property
     def moments(self) -> tuple[Moment | None, tuple[Moment, ...]]:
-        """All inputs together, and in parts."""
+        """All inputs together, and in parts; made once, when everything has been seen."""
         if not self.needs & {"inputs", "folds"}:
             return None, ()
         parts = tuple(part.moment() for part in self.parts)
@@ -238,8 +239,9 @@ class _Gatherer:
 
     def _refuse_strange(self, path: str, numbers: Tensor) -> None:
         if not bool(numbers.isfinite().all()):
-            number = 0 if self.positions is None else self.positions.number
-            raise BadData(f"calibration batch {number} gives NaN or infinity at {path}; nothing was averaged, take it out")
+            raise BadData(
+                f"calibration batch {self.batches} gives NaN or infinity at {path}; take it out (nothing was averaged)"
+            )
 
     def statistics(self) -> Statistics:
         """What was gathered, as plain numbers on the CPU."""
@@ -259,7 +261,7 @@ class _Gatherer:
         inputs = self.inputs[path]
         if inputs.tokens != tokens:
             raise _no_longer_shared(path, inputs.leader)
-        whole, folds = inputs.moments()
+        whole, folds = inputs.moments
         assert each.site.layout is not None
         normed, gradient_OI = "norms" in self.needs, each.gradient_OI
         return SiteStatistics(
@@ -299,11 +301,11 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def _checked(number: int, loss: Tensor) -> Tensor:
     if loss.numel() != 1:
-        raise BadData(f"the loss of calibration batch {number} has the shape {tuple(loss.shape)}; it has to be one number")
+        raise BadData(f"the loss of calibration batch {number} has {tuple(loss.shape)} values; it has to be one number")
     if not bool(loss.isfinite()):
-        raise BadData(f"calibration batch {number} gives the loss {loss.item()}; nothing was averaged, take it out")
+        raise BadData(f"calibration batch {number} gives the loss {loss.item()}; take it out (nothing was averaged)")
     if not loss.requires_grad:
-        raise BadData(f"the loss of calibration batch {number} does not depend on any of the layers that are calibrated")
+        raise BadData(f"the loss of calibration batch {number} depends on none of the layers to calibrate")
     return loss
 
 

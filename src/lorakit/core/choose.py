@@ -6,7 +6,7 @@ Legend: I in, O out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.sites import Site
-from lorakit.core.statistics import Key, SiteStatistics, Statistics, explained, gradient_of, moment_of, not_gathered
+from lorakit.core.statistics import Key, SiteStatistics, Statistics, explained, moment_of, not_gathered
 from lorakit.errors import BadMethod
 
 By = Literal["gradient", "variance", "nfn"]
@@ -31,17 +31,12 @@ class Choice:
 
     site: Site
     rank: int
-    score: float  # gradient energy, share of variance explained at this rank, or normalised feature norm
+    score: float  # gradient energy or share of the inputs' variance at this rank, or normalised feature norm
 
     @property
     def numbers(self) -> int:
         """Trained numbers of A and B: rank (in + out)."""
         return self.rank * _cost(self.site)
-
-
-def gradient_energy(statistics: SiteStatistics) -> float:
-    """‖∇_W L‖_F²: how fast the loss falls along the gradient, at first."""
-    return float(gradient_of(statistics).double().square().sum())
 
 
 def normalised_feature_norm(statistics: SiteStatistics, weight_OI: Tensor) -> float:
@@ -91,13 +86,19 @@ def choose(
     if by not in get_args(By):
         raise BadMethod(f"weights are chosen by one of {', '.join(get_args(By))}, not by {by!r}")
     _check(sites, statistics, budget, rank)
-    return _by_norm(sites, statistics, weights, budget, rank) if by == "nfn" else _SPENT[by](sites, statistics, budget, rank)
+    found = [statistics[site.path, site.slice] for site in sites]
+    if by == "nfn":
+        matrices = (weights[site.path, site.slice] for site in sites)
+        norms = [normalised_feature_norm(each, w_OI) for each, w_OI in zip(found, matrices, strict=True)]
+        return _lowest_first(sites, norms, budget, rank)
+    gains = _energies if by == "gradient" else _variances
+    return _by_gain(sites, [gains(each, _most(site, rank)) for site, each in zip(sites, found, strict=True)], budget)
 
 
 def _check(sites: Sequence[Site], statistics: Statistics, budget: int, rank: int) -> None:
     absent = [site.path for site in sites if (site.path, site.slice) not in statistics or site.layout is None]
     if absent or not sites:
-        raise BadMethod(f"there are no statistics of {', '.join(absent[:5]) or 'any site'}; calibrate what is to be chosen")
+        raise BadMethod(f"there are no statistics of {', '.join(absent[:5]) or 'any site'}; calibrate it first")
     if rank < 1:
         raise BadMethod(f"the largest rank of a site is {rank}; it has to be at least 1")
     cheapest = min(sites, key=_cost)
@@ -119,15 +120,23 @@ def _most(site: Site, rank: int) -> int:
     return min(rank, site.layout.in_features, site.out_features)
 
 
-Gains = Callable[[SiteStatistics, int], Tensor]
+def _energies(statistics: SiteStatistics, most: int) -> list[float]:
+    """The gradient energy ‖∇_W L‖_F² along its first directions: its squared singular values."""
+    if statistics.gradient_OI is None:
+        raise not_gathered("gradient")
+    return torch.linalg.svdvals(statistics.gradient_OI.double())[:most].square().tolist()
 
 
-def _by_gain(sites: Sequence[Site], statistics: Statistics, budget: int, rank: int, gains: Gains) -> list[int]:
-    """Ranks bought direction by direction; a site's directions come in falling order, so each rank is its best."""
+def _variances(statistics: SiteStatistics, most: int) -> list[float]:
+    return explained(moment_of(statistics, "inputs", 1), most).tolist()
+
+
+def _by_gain(sites: Sequence[Site], gains: Sequence[Sequence[float]], budget: int) -> list[Choice]:
+    """Buy direction by direction; a site's gains fall, so what it gets are its best ones."""
     offers = [
-        (-float(gain) / _cost(site), order, number)
+        (-gain / _cost(site), order, number)
         for number, site in enumerate(sites)
-        for order, gain in enumerate(gains(statistics[site.path, site.slice], _most(site, rank)))
+        for order, gain in enumerate(gains[number])
         if gain > 0
     ]
     ranks = [0] * len(sites)
@@ -135,47 +144,14 @@ def _by_gain(sites: Sequence[Site], statistics: Statistics, budget: int, rank: i
         if _cost(sites[number]) <= budget:
             budget -= _cost(sites[number])
             ranks[number] += 1
-    return ranks
+    bought = [Choice(site, r, sum(g[:r])) for site, r, g in zip(sites, ranks, gains, strict=True) if r]
+    return sorted(bought, key=lambda choice: -choice.score / _cost(choice.site))
 
 
-def _energies(statistics: SiteStatistics, most: int) -> Tensor:
-    return torch.linalg.svdvals(gradient_of(statistics).double())[:most].square()
-
-
-def _variances(statistics: SiteStatistics, most: int) -> Tensor:
-    return explained(moment_of(statistics, "inputs", 1), most)
-
-
-def _by_gradient(sites: Sequence[Site], statistics: Statistics, budget: int, rank: int) -> list[Choice]:
-    ranks = _by_gain(sites, statistics, budget, rank, _energies)
-    scores = [gradient_energy(statistics[site.path, site.slice]) for site in sites]
-    return _best_first(sites, ranks, scores, [score / _cost(s) for s, score in zip(sites, scores, strict=True)])
-
-
-def _by_variance(sites: Sequence[Site], statistics: Statistics, budget: int, rank: int) -> list[Choice]:
-    ranks = _by_gain(sites, statistics, budget, rank, _variances)
-    each = [statistics[site.path, site.slice] for site in sites]
-    scores = [float(_variances(s, r).sum()) for s, r in zip(each, ranks, strict=True)]
-    return _best_first(sites, ranks, scores, [score / _cost(s) for s, score in zip(sites, scores, strict=True)])
-
-
-def _by_norm(
-    sites: Sequence[Site], statistics: Statistics, weights: Mapping[Key, Tensor], budget: int, rank: int
-) -> list[Choice]:
-    keys = [(site.path, site.slice) for site in sites]
-    norms = [normalised_feature_norm(statistics[key], weights[key]) for key in keys]
-    ranks = [0] * len(sites)
-    for number in sorted(range(len(sites)), key=norms.__getitem__):
-        ranks[number] = min(_most(sites[number], rank), budget // _cost(sites[number]))
-        budget -= ranks[number] * _cost(sites[number])
-    return _best_first(sites, ranks, norms, [-norm for norm in norms])
-
-
-def _best_first(
-    sites: Sequence[Site], ranks: Sequence[int], scores: Sequence[float], order: Sequence[float]
-) -> list[Choice]:
-    numbers = sorted(range(len(sites)), key=lambda number: -order[number])
-    return [Choice(sites[n], ranks[n], scores[n]) for n in numbers if ranks[n]]
-
-
-_SPENT: Final = {"gradient": _by_gradient, "variance": _by_variance}
+def _lowest_first(sites: Sequence[Site], norms: Sequence[float], budget: int, rank: int) -> list[Choice]:
+    chosen = []
+    for norm, site in sorted(zip(norms, sites, strict=True), key=lambda pair: pair[0]):
+        given = min(_most(site, rank), budget // _cost(site))
+        budget -= given * _cost(site)
+        chosen += [Choice(site, given, norm)] if given else []
+    return chosen

@@ -39,7 +39,7 @@ class Initialisation:
             BadMethod: the matrix, the rank or the statistics do not serve.
         """
         if statistics is not None and statistics.shape != tuple(weight_OI.shape):
-            raise BadMethod(f"the statistics of {path} are of a matrix {statistics.shape}, not {tuple(weight_OI.shape)}")
+            raise BadMethod(f"the statistics of {path} are of {statistics.shape}, not of {tuple(weight_OI.shape)}")
         try:
             return self.init(weight_OI, rank, statistics)
         except BadMethod as error:

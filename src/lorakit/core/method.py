@@ -33,6 +33,7 @@ class Method(ABC):
     kinds: ClassVar[tuple[str, ...]] = ()  # of its placements
     peft_type: ClassVar[str] = ""  # "" where PEFT has no such method
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named constructors: a name, and the fields it sets
+    waives: ClassVar[Mapping[str, str]] = {}  # laws that it is free of (fresh, merge, rows), and why
 
     train: tuple[str, ...] | str = ()  # modules trained whole and saved with the adapter, e.g. classifier
 

@@ -39,8 +39,8 @@ class Moment:
     covariance_DD: Tensor
 
     @property
-    def second_DD(self) -> Tensor:
-        """E[x xᵀ], not centred."""
+    def second(self) -> Tensor:
+        """E[x xᵀ] (D, D), not centred."""
         return self.about(torch.zeros_like(self.mean_D))
 
     def about(self, centre_D: Tensor) -> Tensor:

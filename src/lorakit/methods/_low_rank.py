@@ -207,7 +207,9 @@ class Factors(Delta):
         if layout is None:
             raise BadMethod(f"{placement.path} is a {type(module).__name__}, which lorakit cannot adapt")
         super().__init__(placement, layout)
-        initialisation(placement.init)  # a file may name one that does not exist
+        if placement.rank < 1:  # a file may tell anything
+            raise BadMethod(f"{placement.path} has the rank {placement.rank}; a low-rank update needs at least 1")
+        initialisation(placement.init)
         out = placement.slice.width if placement.slice else layout.out_features
         self.A = nn.Parameter(torch.zeros(placement.rank, layout.in_features))
         self.B = nn.Parameter(torch.zeros(out, placement.rank))
@@ -243,9 +245,15 @@ class Factors(Delta):
             return self.A, self.B
         return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
 
+    def difference(self) -> tuple[Tensor, Tensor]:
+        """The same update as [A; A - A0] and [B - B0, B0]: nothing cancels, and at the start it is exactly zero."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
+
     def branch(self, x: Tensor, y: Tensor) -> Tensor:
         """s (B A - B0 A0) dropout(x) in y's dtype; A and B are cast to it, x never is."""
-        a_RI, b_OR = (factor.to(y.dtype) for factor in self.pair())
+        a_RI, b_OR = (factor.to(y.dtype) for factor in self.difference())
         drop = self.dropout if self.training else 0.0
         if self.layout.lookup:
             low = F.dropout(self.layout.project(x, a_RI), drop)
@@ -255,7 +263,7 @@ class Factors(Delta):
 
     def updated(self, weight_OI: Tensor) -> Tensor:
         """W + s (B A - B0 A0)."""
-        a_RI, b_OR = self.pair()
+        a_RI, b_OR = self.difference()
         return torch.addmm(weight_OI, b_OR.to(weight_OI), a_RI.to(weight_OI), alpha=self.scale)
 
 

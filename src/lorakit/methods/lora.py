@@ -75,7 +75,7 @@ class LowRank(Factors):
 
 def _stack(deltas: Sequence[LowRank | None], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A (N + 1, R, I) and s B (N + 1, O, R) of all adapters, zero where an adapter has none and in the last place."""
-    pairs = [None if delta is None else (*delta.pair(), delta.scale) for delta in deltas]
+    pairs = [None if delta is None else (*delta.difference(), delta.scale) for delta in deltas]
     some = [pair for pair in pairs if pair is not None]
     rank, (a_RI, b_OR, _) = max(len(pair[0]) for pair in some), some[0]
     none = a_RI.new_zeros(rank, a_RI.shape[1]), b_OR.new_zeros(b_OR.shape[0], rank)
