@@ -1,9 +1,9 @@
 """Positions that a method puts into the sequence (prefixes), and takes out again, so that callers never see them.
 
 The *stack* (the module that turns token ids into hidden states) reads a longer sequence and gives hidden states of the
-length it was given. Inside, the present routing says which positions were put in, and a prefix's deltas act there.
+length it was given. Inside, the routing says which places were put in, and a prefix's deltas act there.
 
-Legend: B batch, T tokens given, L tokens after insertion, N positions put in, H hidden width.
+Legend: B batch, T tokens given, L places after insertion, N places put in, P of them before the tokens.
 """
 
 from __future__ import annotations
@@ -11,20 +11,84 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.hooks import drop_hooks
+from lorakit.core.positions import UNLABELLED
 from lorakit.core.route import Inserted, Routing
-from lorakit.core.sites import ADAPTERS, family_of, sites_of
-from lorakit.core.state import Adapters, State, state_of, state_or_new
+from lorakit.core.sites import ADAPTERS, family_of, modules_of, sites_of
+from lorakit.core.state import Adapters, State, claim, is_claimed, state_of, state_or_new
 from lorakit.errors import BadData, BadMethod, BadRouting
 
-Numbers = tuple[int, int]  # positions before the tokens, and between context and target
-_ONE_A_TOKEN = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0}  # inputs, and what an inserted place gets
+Numbers = tuple[int, int]  # places before the tokens, and between context and target
+_WHOLE: Final = -1  # the end of a context that is the whole row
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a stack reads: what it is called with, and what it makes of a sequence."""
+
+    names: tuple[str, ...]
+    bidirectional: bool  # whether a token sees those after it
+    leading: int  # tokens that have to stay first
+    filler: int  # a token that is not the padding: what stands at the places put in
+    longest: int | None  # the most places there may be
+    has_types: bool  # whether token types have a table of their own
+
+    @classmethod
+    def of(cls, stack: nn.Module) -> Self:
+        """The reading of a stack, found once: a forward pass looks nothing up."""
+        config, family = getattr(stack, "config", None), family_of(stack)
+        return cls(
+            tuple(_names(stack)),
+            family.bidirectional,
+            family.leading,
+            filler=1 if getattr(config, "pad_token_id", None) == 0 else 0,
+            longest=longest_of(stack),
+            has_types=bool(getattr(config, "type_vocab_size", 0)),
+        )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The places of a longer sequence: where each token given stands, and each of those put in."""
+
+    own_BT: Tensor
+    put_BN: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.own_BT.shape[1] + self.put_BN.shape[1]
+
+    def longer(self, values_BT: Tensor, fill: int) -> Tensor:
+        """One value a token, with `fill` at the places put in."""
+        longer_BL = values_BT.new_full((len(self.own_BT), self.length), fill)
+        return longer_BL.scatter(1, self.own_BT, values_BT.expand(len(self.own_BT), -1))
+
+    def index(self) -> Tensor:
+        """For each place the number of what was put there, -1 for tokens."""
+        numbers_N = torch.arange(self.put_BN.shape[1], device=self.put_BN.device)
+        none_BL = self.put_BN.new_full((len(self.put_BN), self.length), -1)
+        return none_BL.scatter(1, self.put_BN, numbers_N.expand_as(self.put_BN))
+
+    def predicting(self) -> Tensor:
+        """For each token the last place before the next one."""
+        end_B1 = torch.full_like(self.own_BT[:, :1], self.length)
+        return torch.cat([self.own_BT[:, 1:], end_B1], 1) - 1
+
+
+def _layout(tokens: int, start_B: Tensor, ends_B: Tensor, numbers: Numbers) -> _Layout:
+    prefix, infix = numbers
+    places_T = torch.arange(tokens, device=start_B.device)
+    after_start_BT, after_context_BT = places_T >= start_B[:, None], places_T >= ends_B[:, None]
+    own_BT = places_T + prefix * after_start_BT.long() + infix * after_context_BT.long()
+    before_BP = start_B[:, None] + torch.arange(prefix, device=start_B.device)
+    between_BI = ends_B[:, None] + prefix + torch.arange(infix, device=start_B.device)
+    return _Layout(own_BT, torch.cat([before_BP, between_BI], 1))
 
 
 def stack_of(model: nn.Module) -> nn.Module:
@@ -46,11 +110,49 @@ def stack_path(model: nn.Module) -> str:
     raise BadMethod(f"{type(model).__name__} has no blocks that read token ids, so nothing can be put between its tokens")
 
 
+def is_within(path: str, stack: str) -> bool:
+    """Whether a module lies in the stack."""
+    return not stack or path.startswith(f"{stack}.")
+
+
+def embedding_path(model: nn.Module) -> str:
+    """The path of the layer that turns token ids into vectors, for the stack.
+
+    Raises:
+        BadMethod: the stack does not tell.
+    """
+    stack = stack_of(model)
+    try:
+        layer = cast(Any, stack).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        layer = None
+    found = next((path for path, module in modules_of(model) if module is layer), None)
+    if found is None:
+        raise BadMethod(f"{type(stack).__name__} does not tell its word embeddings (get_input_embeddings), so no place of "
+                        "its sequence can be given a vector")  # fmt: skip
+    return found
+
+
+def longest_of(stack: nn.Module) -> int | None:
+    """How many places the stack's positions suffice for; None if there is no such limit."""
+    most = getattr(getattr(stack, "config", None), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    tables = [module for path, module in modules_of(stack) if path.endswith("position_embeddings")]
+    skipped = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
+    return most - max((index + 1 for index in skipped if index is not None), default=0)  # RoBERTa counts from there
+
+
+def longest_insertion(model: nn.Module) -> int:
+    """The most places that an attached adapter puts into a sequence."""
+    return max((sum(record.method.inserts) for record in state_or_new(model).attached.values()), default=0)
+
+
 @contextmanager
 def contexts(model: nn.Module, ends_B: Tensor) -> Iterator[None]:
     """Tell where each row's context ends and its target begins, while the model runs on a batch.
 
-    Without it, a context is the whole row.
+    Without it (and for rows where the end is -1), a context is the whole row. One number holds for all rows.
     """
     state = state_or_new(model)
     before, state.context_ends_B = state.context_ends_B, ends_B
@@ -60,8 +162,25 @@ def contexts(model: nn.Module, ends_B: Tensor) -> Iterator[None]:
         state.context_ends_B = before
 
 
+def inserts_of(state: State) -> Numbers:
+    """How many places the adapter in force puts in."""
+    routing = state.routing
+    alone = routing is not None and routing.rows is None and routing.weights is None
+    return state.attached[routing.names[0]].method.inserts if routing is not None and alone else (0, 0)
+
+
+def generate_after_context(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` where all that is given is context, however often it is read again."""
+    given = next((value for value in (*args, *map(kwargs.get, ("inputs", "input_ids"))) if isinstance(value, Tensor)), None)
+    if given is None:
+        return cast(Any, type(model)).generate(model, *args, **kwargs)
+    with contexts(model, torch.tensor([given.shape[1]])):
+        return cast(Any, type(model)).generate(model, *args, **kwargs)
+
+
 def watch(model: nn.Module, stack: nn.Module) -> None:
     """Let the stack read what routed methods insert; watching twice is watching once."""
+    state_of(model).reading = Reading.of(stack)
     if not is_watched(stack):
         stack.register_forward_pre_hook(lengthen, with_kwargs=True)
         stack.register_forward_hook(shorten, always_call=True)
@@ -81,141 +200,194 @@ def is_watched(module: nn.Module) -> bool:
 
 def notice_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The model's forward pre-hook: where there are labels for each token, they tell where a target begins."""
-    labels, state = kwargs.get("labels"), state_of(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return  # those are the decoder's, the context is what the encoder reads
+    state = state_of(model)
+    _claim(state)
+    _forget_told(state)
+    labels, reading = kwargs.get("labels"), cast(Reading, state.reading)
+    if reading.bidirectional or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return  # what is read is all context
     if isinstance(labels, Tensor) and labels.dim() == 2 and state.context_ends_B is None:
-        state.context_ends_B, state.labels_told = (labels != -100).int().argmax(1), True
+        labelled_BT = labels != UNLABELLED
+        state.context_ends_B = torch.where(labelled_BT.any(1), labelled_BT.int().argmax(1), _WHOLE)
+        state.labels_told = True
 
 
 def forget_labels(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """The model's forward hook."""
     state = state_of(model)
+    if not is_claimed(state):
+        _forget_told(state)
+
+
+def _forget_told(state: State) -> None:
     if state.labels_told:
         state.context_ends_B, state.labels_told = None, False
 
 
 def lengthen(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The stack's forward pre-hook: put the routed method's positions into the sequence."""
+    """The stack's forward pre-hook: put the routed method's places into the sequence."""
     state = cast(Adapters, stack._modules[ADAPTERS]).state
-    numbers = _inserts(state)
+    _claim(state)
+    state.within = None
+    numbers = inserts_of(state)
     if not any(numbers):
         return args, kwargs
-    given = dict(zip(_names(stack), args, strict=False)) | kwargs
+    reading = cast(Reading, state.reading)
+    given = dict(zip(reading.names, args, strict=False)) | kwargs
     given.pop("cache_position", None)  # the stack counts its own
-    if given.get("input_ids") is None:
-        raise BadRouting("a prefix is put between token ids; call the model with input_ids, not inputs_embeds")
-    mask = given.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise BadRouting("a prefix needs an attention mask (batch, tokens) or none, not one of pairs of tokens")
+    _refuse_unreadable(given, reading)
     past = _length_of(given.get("past_key_values"))
-    return (), _continued(state, given, numbers) if past else _begun(stack, state, given, numbers)
+    if past:
+        return (), _continued(given, numbers, past, reading)
+    return (), _begun(state, given, numbers, reading)
 
 
 def shorten(stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The stack's forward hook: take the positions out of the hidden states again."""
+    """The stack's forward hook: take the places out of the hidden states again."""
     state = cast(Adapters, stack._modules[ADAPTERS]).state
-    inserted = None if state.routing is None else state.routing.inserted
-    if state.routing is None or inserted is None:
+    within = state.within
+    if within is None or within.inserted is None or is_claimed(state):
         return output
-    state.routing = replace(state.routing, inserted=None)
-    return _kept(output, inserted)
+    state.within = None
+    return _kept(output, within.inserted)
+
+
+def _claim(state: State) -> None:
+    if not torch.compiler.is_compiling():
+        claim(state, recomputing=torch._C._current_graph_task_id() != -1)
 
 
 def _names(module: nn.Module) -> list[str]:
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _inserts(state: State) -> Numbers:
-    routing = state.routing
-    alone = routing is not None and routing.rows is None and routing.weights is None
-    return state.attached[routing.names[0]].method.inserts if routing is not None and alone else (0, 0)
-
-
 def _length_of(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _begun(stack: nn.Module, state: State, given: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
+def _refuse_unreadable(given: Mapping[str, Any], reading: Reading) -> None:
+    ids_BT, mask, positions = given.get("input_ids"), given.get("attention_mask"), given.get("position_ids")
+    if ids_BT is None:
+        raise BadRouting("a prefix is put between token ids; call the model with input_ids, not inputs_embeds")
+    if ids_BT.dim() != 2 or (positions is not None and positions.dim() != 2):
+        raise BadRouting("a prefix needs token ids and position ids (batch, tokens), without a third dimension")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise BadRouting("a prefix needs an attention mask (batch, tokens) or none, not one of pairs of tokens, as packed "
+                         "sequences and static caches have")  # fmt: skip
+    if given.get("token_type_ids") is not None and not reading.has_types:
+        raise BadRouting("this model looks token types up among its word embeddings, where a prefix has its own vectors; "
+                         "leave token_type_ids out")  # fmt: skip
+
+
+def _begun(state: State, given: dict[str, Any], numbers: Numbers, reading: Reading) -> dict[str, Any]:
     """The inputs of a forward over a whole sequence, lengthened."""
-    ids_BT, mask_BT, family = given["input_ids"], given.get("attention_mask"), family_of(stack)
-    state.ends_B = _ends(state, ids_BT, mask_BT)
-    order_BL = _order(ids_BT.shape[1], state.ends_B, numbers, family.leading)
-    _refuse_too_long(stack, order_BL.shape[1], sum(numbers))
-    own_BT = order_BL.argsort(1)[:, : ids_BT.shape[1]]
-    if not family.bidirectional:  # the place that predicts the next token
-        own_BT = torch.cat([own_BT[:, 1:], torch.full_like(own_BT[:, :1], order_BL.shape[1])], 1) - 1
-    index_BL = torch.where(order_BL < ids_BT.shape[1], -1, order_BL - ids_BT.shape[1])
-    known = numbers[1] == 0 or torch.compiler.is_compiling()
-    key = (numbers, *ids_BT.shape, *(() if known else state.ends_B.tolist()))
-    state.routing = replace(cast(Routing, state.routing), inserted=Inserted(key, index_BL, own_BT))
-    return _rearranged(given, order_BL, _filler(stack))
+    ids_BT, mask_BT = given["input_ids"], given.get("attention_mask")
+    if mask_BT is not None and mask_BT.shape != ids_BT.shape:
+        raise BadRouting(f"an attention mask {tuple(mask_BT.shape)} does not fit token ids {tuple(ids_BT.shape)}")
+    _refuse_too_long(ids_BT.shape[1] + sum(numbers), sum(numbers), reading)
+    first_B = _first(ids_BT, mask_BT)
+    start_B = first_B + reading.leading
+    ends_B = torch.maximum(_ends(state, ids_BT, mask_BT), start_B)
+    layout = _layout(ids_BT.shape[1], start_B, ends_B, numbers)
+    if not torch.compiler.is_compiling():
+        _refuse_broken(given, first_B)
+    kept_BT = layout.own_BT if reading.bidirectional else layout.predicting()
+    key = _key(state, ids_BT, mask_BT, numbers, start_B, ends_B)
+    state.within = replace(cast(Routing, state.routing), inserted=Inserted(key, layout.index(), kept_BT))
+    return given | _longer(given, layout, first_B, reading)
 
 
-def _continued(state: State, given: dict[str, Any], numbers: Numbers) -> dict[str, Any]:
-    """The inputs of a forward that goes on from a cache, which holds the inserted positions already."""
-    mask_BT, positions = given.get("attention_mask"), given.get("position_ids")
+def _continued(given: dict[str, Any], numbers: Numbers, past: int, reading: Reading) -> dict[str, Any]:
+    """The inputs of a forward that goes on from a cache, which holds the places put in already."""
+    ids_BT, mask_BT, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
+    _refuse_too_long(past + ids_BT.shape[1], sum(numbers), reading)
+    changed: dict[str, Any] = {}
     if positions is not None:
-        given = given | {"position_ids": positions + sum(numbers)}
-    if mask_BT is None:
-        return given
-    ends_B = mask_BT.new_zeros(len(mask_BT)) if state.ends_B is None else state.ends_B
-    if numbers[1] and len(ends_B) != len(mask_BT):
-        raise BadRouting("the batch is not the one whose cache this is, so its contexts' ends are not known")
-    ends_B = ends_B if len(ends_B) == len(mask_BT) else ends_B.new_zeros(len(mask_BT))
-    order_BL = _order(mask_BT.shape[1], ends_B, numbers, 0)
-    return given | {"attention_mask": _gathered(mask_BT, order_BL, 1)}
+        changed["position_ids"] = positions + sum(numbers)
+    if mask_BT is not None:
+        _refuse_foreign(mask_BT, ids_BT, past, numbers)
+        first_B = _first(mask_BT, mask_BT)
+        layout = _layout(mask_BT.shape[1], first_B, first_B, (sum(numbers), 0))  # all ones, wherever after the padding
+        changed["attention_mask"] = layout.longer(mask_BT, 1)
+    return given | changed
+
+
+def _first(like_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The first token of each row that is not padding."""
+    return like_BT.new_zeros(len(like_BT), dtype=torch.long) if mask_BT is None else (mask_BT != 0).int().argmax(1)
 
 
 def _ends(state: State, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Where each row's context ends: as told, or after its last token."""
+    batch, tokens = ids_BT.shape
+    whole_B = ids_BT.new_full((batch,), tokens, dtype=torch.long)
+    if mask_BT is not None:
+        whole_B = tokens - (mask_BT != 0).flip(1).int().argmax(1)
     told = state.context_ends_B
-    if told is not None:
-        return told.to(ids_BT.device)
-    if mask_BT is None:
-        return torch.full_like(ids_BT[:, 0], ids_BT.shape[1])
-    places_T = torch.arange(1, ids_BT.shape[1] + 1, device=ids_BT.device)
-    return cast(Tensor, (mask_BT.to(places_T.dtype) * places_T).amax(1))
+    if told is None:
+        return whole_B
+    if len(told) not in (1, batch):
+        raise BadRouting(f"contexts tells where {len(told)} rows end, but the batch has {batch} rows")
+    return torch.where(told.to(ids_BT.device) < 0, whole_B, told.to(ids_BT.device))
 
 
-def _order(tokens: int, ends_B: Tensor, numbers: Numbers, leading: int) -> Tensor:
-    """For each place of the longer sequence, the token that stands there, or `tokens` + the number of an insertion."""
-    prefix, infix = numbers
-    batch, device = len(ends_B), ends_B.device
-    keys_BT = torch.arange(tokens, device=device, dtype=torch.float64).expand(batch, -1)
-    before_BP = torch.full((batch, prefix), leading - 0.5, device=device, dtype=torch.float64)
-    between_BI = (ends_B.to(torch.float64)[:, None] - 0.5).expand(-1, infix)
-    return torch.cat([keys_BT, before_BP, between_BI], 1).argsort(dim=1, stable=True)
+def _key(
+    state: State, ids_BT: Tensor, mask_BT: Tensor | None, numbers: Numbers, start_B: Tensor, ends_B: Tensor
+) -> tuple[object, ...]:
+    """What the layout follows from, as plain values."""
+    tokens = ids_BT.shape[1]
+    if torch.compiler.is_compiling() or (mask_BT is None and state.context_ends_B is None):
+        return (numbers, *ids_BT.shape)
+    starts, ends = torch.stack([start_B, ends_B]).tolist()
+    if max(ends, default=0) > tokens:
+        raise BadRouting(f"a context ends at {max(ends)} in rows of {tokens} tokens; an infix needs the whole context at "
+                         "once (in generate, without prefill_chunk_size)")  # fmt: skip
+    return (numbers, *ids_BT.shape, *starts, *ends)
 
 
-def _rearranged(given: dict[str, Any], order_BL: Tensor, filler: int) -> dict[str, Any]:
-    fills = {**_ONE_A_TOKEN, "input_ids": filler}
-    new = {
-        name: _gathered(given[name], order_BL, cast(int, fill))
-        for name, fill in fills.items()
-        if given.get(name) is not None
-    }
-    if given.get("position_ids") is not None:
-        mask_BL = new.get("attention_mask", torch.ones_like(order_BL))
-        new["position_ids"] = (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
-    return given | new
+def _longer(given: Mapping[str, Any], layout: _Layout, first_B: Tensor, reading: Reading) -> dict[str, Any]:
+    fills = {"input_ids": reading.filler, "attention_mask": 1, "token_type_ids": 0}
+    new = {name: layout.longer(given[name], fill) for name, fill in fills.items() if given.get(name) is not None}
+    positions = given.get("position_ids")
+    if positions is not None:
+        counted_BL = new.get("attention_mask", torch.ones_like(new["input_ids"])).long().cumsum(1)
+        first_B1 = positions.expand(len(first_B), -1).gather(1, first_B[:, None])
+        new["position_ids"] = (first_B1 + counted_BL - 1).clamp(min=0)
+    return new
 
 
-def _gathered(values_BT: Tensor, order_BL: Tensor, fill: int) -> Tensor:
-    extra = order_BL.shape[1] - values_BT.shape[1]
-    return torch.cat([values_BT, values_BT.new_full((len(values_BT), extra), fill)], 1).gather(1, order_BL)
+def _refuse_broken(given: Mapping[str, Any], first_B: Tensor) -> None:
+    """Refuse positions that start again, as those of packed sequences do: each sequence would need its own prefix."""
+    positions, mask_BT = given.get("position_ids"), given.get("attention_mask")
+    if positions is None:
+        return
+    real_BT = torch.ones_like(given["input_ids"]) if mask_BT is None else mask_BT.long()
+    start_BT = positions - real_BT.cumsum(1)
+    if bool(((start_BT != start_BT.gather(1, first_B[:, None])) & real_BT.bool()).any()):
+        raise BadRouting("a prefix needs rows of one sequence each, with positions that count on; these position_ids start "
+                         "again or leave some out, as those of packed sequences do")  # fmt: skip
 
 
-def _filler(stack: nn.Module) -> int:
-    """A token id that is not the padding: what stands where a prefix is put in."""
-    return 1 if getattr(stack.config, "pad_token_id", None) == 0 else 0
+def _refuse_foreign(mask_BT: Tensor, ids_BT: Tensor, past: int, numbers: Numbers) -> None:
+    """Refuse a cache that does not hold exactly what the mask says and the places put in."""
+    new, all_there = ids_BT.shape[1], mask_BT.shape[1] + sum(numbers)
+    if past + new != all_there:
+        raise BadRouting(
+            f"the cache holds {past} places and {new} tokens are new, but the attention mask and this adapter's prefix "
+            f"make {all_there}; a cache that was begun without the prefix, or cut since, cannot be continued: read the "
+            "whole sequence again"
+        )
+    if numbers[1] and not torch.compiler.is_compiling() and bool((mask_BT[:, 1:] < mask_BT[:, :-1]).any()):
+        raise BadRouting("padding lies between the tokens in the cache, so the infix's place in it is not known; pad on the "
+                         "left")  # fmt: skip
 
 
-def _refuse_too_long(stack: nn.Module, length: int, inserted: int) -> None:
-    most = getattr(stack.config, "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
-        raise BadData(f"a batch of {length - inserted} tokens and a prefix of {inserted} need {length} positions, but the "
-                      f"model has {most}; cut the examples (max_length) or take fewer prefix tokens")  # fmt: skip
+def _refuse_too_long(length: int, inserted: int, reading: Reading) -> None:
+    if reading.longest is not None and length > reading.longest:
+        raise BadData(
+            f"{length - inserted} tokens and a prefix of {inserted} need {length} positions, but the model has "
+            f"{reading.longest}; cut the examples (max_length) or take fewer prefix tokens"
+        )
 
 
 def _kept(output: Any, inserted: Inserted) -> Any:
@@ -223,7 +395,8 @@ def _kept(output: Any, inserted: Inserted) -> Any:
     if isinstance(output, Tensor):
         if output.dim() != 3 or output.shape[:2] != inserted.index_BL.shape:
             return output
-        return output.gather(1, inserted.kept_BT[:, :, None].expand(-1, -1, output.shape[2]))
+        kept_BT = inserted.kept_BT.to(output.device)
+        return output.gather(1, kept_BT[:, :, None].expand(-1, -1, output.shape[2]))
     if isinstance(output, Mapping):
         return type(output)(**{key: _kept(value, inserted) for key, value in output.items()})
     return tuple(_kept(each, inserted) for each in output) if isinstance(output, tuple) else output

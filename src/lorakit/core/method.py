@@ -15,6 +15,7 @@ from lorakit.core.delta import Delta
 from lorakit.core.named import named_tensors, read_named
 from lorakit.core.plan import BIAS, MODULE, Placement, Plan
 from lorakit.core.replace import ReplacedBias, ReplacedModule, module_placements
+from lorakit.core.sites import Site
 from lorakit.errors import BadAdapterFile, BadMethod, UnknownName, nearest
 
 Tensors = dict[str, Tensor]
@@ -83,6 +84,11 @@ class Method(ABC):
     def needs(self) -> frozenset[str]:
         """The calibration statistics that `places` and `start` want."""
         return frozenset()
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The sites whose statistics it wants."""
+        del model
+        return []
 
     @property
     def inserts(self) -> tuple[int, int]:

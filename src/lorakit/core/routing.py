@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta, act_on_rows, before_rows, changes_input, stands_in
 from lorakit.core.hooks import drop_hooks
+from lorakit.core.insertion import generate_after_context, inserts_of
 from lorakit.core.recompute import marked
 from lorakit.core.route import Routing
-from lorakit.core.sites import ADAPTERS
+from lorakit.core.sites import ADAPTERS, unbatched
 from lorakit.core.state import Adapters, State, attached_to, claim, deltas_of, require_unmerged, state_of
 from lorakit.errors import BadRouting
 
@@ -111,16 +112,21 @@ def _refused_rows(model: nn.Module, name: str) -> str:
     """Why an adapter cannot be used by row; "" if it can."""
     if any(attached_to(model, name).method.inserts):
         return "it makes the sequence longer"
+    paths = (placement.path for placement in attached_to(model, name).plan)
+    apart = next(iter(unbatched(model, paths).items()), None)
+    if apart is not None:
+        return f"in {apart[0]} {apart[1]}; leave it out of the targets or use one adapter at a time"
     found = next((delta for delta in deltas_of(model, name) if not delta.per_row), None)
     return "" if found is None else f"{found.placement.path} ({found.placement.role}) has to be the same for all rows"
 
 
 def route(model: nn.Module, routing: Routing | None) -> None:
-    """Set the model's routing; with rows, `generate` repeats them for its beams."""
-    state_of(model).routing = routing
-    by_row = routing is not None and routing.rows is not None
-    if by_row and callable(getattr(type(model), "generate", None)):
-        model.__dict__["generate"] = partial(_generate_by_row, model)
+    """Set the model's routing; `generate` repeats its rows for beams, and knows where the context ends for an infix."""
+    state = state_of(model)
+    state.routing, state.within = routing, None
+    by_row, infix = routing is not None and routing.rows is not None, inserts_of(state)[1]
+    if (by_row or infix) and callable(getattr(type(model), "generate", None)):
+        model.__dict__["generate"] = partial(_generate_by_row if by_row else generate_after_context, model)
     else:
         model.__dict__.pop("generate", None)
 
@@ -192,10 +198,11 @@ def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 def _routing(module: nn.Module, adapters: Adapters, place: object) -> Routing | None:
     """The routing of this call; `place` tells the hooks of one module apart."""
     state = adapters.state
+    present = state.routing if state.within is None else state.within
     if torch.compiler.is_compiling():
-        return state.routing
+        return present
     claim(state, recomputing=torch._C._current_graph_task_id() != -1)
-    return state.recomputation.routing(state.routing, place, training=module.training)
+    return state.recomputation.routing(present, place, training=module.training)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

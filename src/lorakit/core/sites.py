@@ -246,7 +246,10 @@ def resolve(model: nn.Module, targets: Iterable[str]) -> list[Site]:
 
 
 def matching(sites: list[Site], target: str, model: nn.Module) -> list[Site]:
-    """The sites one target names: a role, a group, or a glob on module paths."""
+    """The sites one target names: a role, a group, or a glob on module paths; `role@glob` has to be both."""
+    if "@" in target:
+        role, _, glob = target.partition("@")
+        return [site for site in matching(sites, role, model) if is_tail(site.path, glob)]
     if target in GROUPS:
         whole = [fused for fused, parts in FUSED.items() if set(parts) <= set(GROUPS[target])]
         sliced = {site.path for site in sites if site.slice}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,8 +18,10 @@ from lorakit.core.atomic import write_files
 from lorakit.core.files import TENSORS
 from lorakit.core.method import Method
 from lorakit.data import Data, Dataset, collate, encode, encode_texts, open_data, order
+from lorakit.core.statistics import Statistics
 from lorakit.errors import BadMethod
 from lorakit.methods import DEFAULT
+from lorakit.reproduce.calibration import gathered
 from lorakit.reproduce.measures import Evaluate, classifies, compare
 from lorakit.train import Feed, Step, Train, draw, heads, run
 from lorakit.train.metrics import read as read_metrics
@@ -40,6 +42,7 @@ class Run:
     method: Method = field(default_factory=DEFAULT)  # how to adapt
     train: Train = field(default_factory=Train)  # how to train
     evaluate: Evaluate = field(default_factory=Evaluate)  # what to measure before and after
+    calibrate_on: int = 256  # training examples for methods and initialisations that start from data
 
     def to_json(self) -> dict[str, Any]:
         """The run as plain JSON values."""
@@ -86,8 +89,10 @@ def adapt(
     """
     out, name = Path(run_.out), Path(run_.out).resolve().name
     torch.manual_seed(run_.train.seed)
-    lk.attach(model, with_head(model, run_.method), name)
-    steps = run(model, feed(model, tokenizer, data, run_.train), run_.train, name=name, out=out, resume=resume)
+    method = with_head(model, run_.method)
+    examples = feed(model, tokenizer, data, run_.train, room=sum(method.inserts))
+    lk.attach(model, method, name, statistics=_statistics(model, method, examples, run_))
+    steps = run(model, examples, run_.train, name=name, out=out, resume=resume)
     results = _results_in(out) if resume else None
     before = compare(model, tokenizer, data, run_.evaluate, {"base": None}) if data.test and not results else {}
     for _ in wrap(steps):
@@ -102,6 +107,12 @@ def adapt(
     return Outcome(model, tokenizer, data, name, results)
 
 
+def _statistics(model: Any, method: Method, examples: Feed, run_: Run) -> Statistics | None:
+    if not method.needs():
+        return None
+    return gathered(model, method.sites(model), method.needs(), examples, run_.train, run_.calibrate_on)
+
+
 def _results_in(out: Path) -> dict[str, Any] | None:
     """The results of a run that came to its end; None where it did not, or where what it left is damaged."""
     try:
@@ -111,7 +122,18 @@ def _results_in(out: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and (out / TENSORS).is_file() else None
 
 
-def prepare(run_: Run) -> tuple[Any, Any, Dataset]:
+class Declared(Protocol):
+    """What decides on model and data."""
+
+    @property
+    def base(self) -> str: ...
+    @property
+    def data(self) -> Data: ...
+    @property
+    def train(self) -> Train: ...
+
+
+def prepare(run_: Declared) -> tuple[Any, Any, Dataset]:
     """The base, its tokenizer and the data; a base that writes no text gets a classification head for the labels."""
     if models.writes(run_.base):
         model, tokenizer = models.load(run_.base)
@@ -130,10 +152,10 @@ def with_head(model: Any, method: Method) -> Method:
     return replace(method, **{"train": tuple(heads(model))})
 
 
-def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train) -> Feed:
-    """The training examples as token ids, in batches."""
+def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, *, room: int = 0) -> Feed:
+    """The training examples as token ids, in batches; `room` positions stay free for what a method inserts."""
     to_ids = encode_texts if classifies(model) else encode
-    length = min(settings.max_length, models.longest(model))
+    length = min(settings.max_length, models.longest(model) - room)
     return Feed(to_ids(data.train, tokenizer, length), tokenizer.pad_token_id, collate, order)
 
 

@@ -1,4 +1,4 @@
-"""A callback for `transformers.Trainer` that saves the adapter and nothing else."""
+"""Callbacks for `transformers.Trainer`: save the adapter and nothing else, and do what its method does at each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,41 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.core.files import save
+from lorakit.core.stepping import after_step, before_step, penalty
 from lorakit.errors import LorakitError
+
+
+class FollowMethod(TrainerCallback):
+    """Do what an adapter's method does around each step: budgets and masks (AdaLoRA), drawn ranks (DyLoRA), penalties.
+
+    Methods without such a part need no callback, and it does nothing for them. A penalty's gradients are added before
+    the optimiser's step, so the Trainer's printed loss is without it.
+
+    Example:
+        ```python
+        trainer = Trainer(model, args, train_dataset=rows, callbacks=[FollowMethod("reviews"), SaveAdapter("reviews")])
+        ```
+    """
+
+    def __init__(self, name: str = "default") -> None:
+        self.name = name
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        before_step(kwargs["model"], self.name, state.global_step + 1, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        added = penalty(kwargs["model"], self.name)
+        if added is not None:
+            added.backward()  # type: ignore[no-untyped-call]
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        after_step(kwargs["model"], self.name, state.global_step + 1, state.max_steps)
 
 
 class SaveAdapter(TrainerCallback):

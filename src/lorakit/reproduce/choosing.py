@@ -1,0 +1,62 @@
+"""Choose which weights to adapt, by what calibration data say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lorakit.core.choose import NEEDS, By, Choice, choose, weights_of
+from lorakit.core.layouts import LinearLayout
+from lorakit.core.sites import resolve
+from lorakit.data import Data
+from lorakit.errors import BadMethod
+from lorakit.reproduce.calibration import gathered
+from lorakit.reproduce.run import feed, prepare
+from lorakit.train import Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Which weights of `base` are worth adapting to `data`, for a number of trained numbers."""
+
+    base: str  # a packaged model, a folder, a GGUF file or a hub id
+    data: Data  # what is to be learned
+    budget: int  # trained numbers to spend, all sites together
+    by: By = "gradient"  # what speaks for a site: gradient energy, explained variance, or (low) normalised feature norm
+    targets: tuple[str, ...] = ("linear",)  # the candidates: roles, groups or globs
+    rank: int = 8  # the largest rank of one site
+    calibrate_on: int = 256  # training examples to look at
+    train: Train = field(default_factory=Train)  # batch size, seed and length of the examples
+
+
+def answer(question: Question) -> list[Choice]:
+    """The chosen sites with their ranks, best first.
+
+    Raises:
+        BadMethod: a budget or rank below 1, a budget that buys nothing.
+        BadData: no example, or one that gives NaN.
+    """
+    if question.by not in NEEDS:
+        raise BadMethod(f"weights are chosen by one of {', '.join(NEEDS)}, not by {question.by!r}")
+    if question.budget < 1:
+        raise BadMethod(f"a budget of {question.budget} trained numbers buys nothing; give a positive one")
+    model, tokenizer, data = prepare(question)
+    sites = [site for site in resolve(model, question.targets) if isinstance(site.layout, LinearLayout)]
+    examples = feed(model, tokenizer, data, question.train)
+    needs, most = NEEDS[question.by], question.calibrate_on
+    statistics = gathered(model, sites, needs, examples, question.train, most)
+    weights = weights_of(model, sites)
+    return choose(sites, statistics, weights, budget=question.budget, by=question.by, rank=question.rank)
+
+
+class Fields(NamedTuple):
+    """A choice as fields of a low-rank method."""
+
+    targets: list[str]
+    ranks: dict[str, int]
+
+
+def fields_of(choices: list[Choice]) -> Fields:
+    """The choice as `role@path` targets, and a rank for each."""
+    ranks = {f"{choice.site.role}@{choice.site.path}": choice.rank for choice in choices}
+    return Fields(sorted(ranks), dict(sorted(ranks.items())))

@@ -1,0 +1,73 @@
+"""`lorakit choose` and initialisations from data, on a tiny model from a folder."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import lorakit as lk
+from lorakit.cli import main
+from lorakit.errors import BadMethod, LorakitError, NoSuchTarget
+from lorakit.reproduce.choosing import Question, answer, fields_of
+from lorakit.reproduce.run import Run, carry_out
+from tests.reproduce.test_run import declared
+
+__all__ = ["declared"]
+
+
+def question(run: Run, **fields: object) -> Question:
+    return Question(**{"base": run.base, "data": run.data, "budget": 600, "calibrate_on": 8, **fields})
+
+
+@pytest.mark.parametrize("by", ["gradient", "variance", "nfn"])
+def test_what_is_chosen_fits_the_budget_and_can_be_trained(declared: Run, by: str) -> None:
+    choices = answer(question(declared, by=by))
+    assert 0 < sum(choice.numbers for choice in choices) <= 600
+    assert answer(question(declared, by=by)) == choices
+    chosen = fields_of(choices)
+    method = lk.LoRA(targets=tuple(chosen.targets), ranks=chosen.ranks)
+    outcome = carry_out(replace(declared, method=method))
+    assert outcome.results["trainable_parameters"] == sum(choice.numbers for choice in choices)
+
+
+def test_the_command_writes_a_file_to_train_with(declared: Run, tmp_path: Path, capsys) -> None:
+    words = ["--base", declared.base, "--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
+    out = tmp_path / "chosen.toml"
+    assert main(["choose", *words, "--budget", "500", "--calibrate_on", "8", "--out", str(out)]) == 0
+    assert "of 500 trained numbers" in capsys.readouterr().out
+    written = tomllib.loads(out.read_text())
+    assert set(written["method"]["ranks"]) == set(written["method"]["targets"])
+    assert main(["train", "--config", str(out), "--train.steps", "2", "--out", str(tmp_path / "run")]) == 0
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["run"]["method"]["ranks"] == written["method"]["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        (dict(budget=0), BadMethod, "positive"),
+        (dict(budget=10), BadMethod, "buys nothing: the cheapest"),
+        (dict(calibrate_on=0), BadMethod, "no data to start from"),
+        (dict(rank=0), BadMethod, "at least 1"),
+        (dict(by="size"), BadMethod, "one of gradient, variance, nfn"),
+        (dict(targets=("nothing",)), NoSuchTarget, "nothing"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(declared: Run, fields: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        answer(question(declared, **fields))
+
+
+@pytest.mark.parametrize("init", ["covariance-eva", "covariance-corda", "gradient", "covariance-both", "structured"])
+def test_initialisations_from_data_gather_their_statistics(declared: Run, init: str) -> None:
+    outcome = carry_out(replace(declared, method=lk.LoRA(rank=2, init=init), calibrate_on=16))
+    assert 0 <= outcome.results["adapter"]["accuracy"] <= 1
+
+
+def test_a_start_from_data_needs_data(declared: Run) -> None:
+    with pytest.raises(LorakitError, match="starts from statistics of data"):
+        lk.attach(carry_out(declared).model, lk.LoRA(init="covariance-eva"), name="again")
