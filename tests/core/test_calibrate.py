@@ -131,6 +131,28 @@ def test_a_loss_of_ones_own() -> None:
     assert gradient is not None and close(gradient, reference)
 
 
+class InPlace(nn.Module):
+    """Writes into a layer's output, as models do with residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y *= 2
+        return y.square().sum()
+
+
+def test_outputs_may_be_written_in_place() -> None:
+    model, x = InPlace(), torch.randn(4, 3)
+    site = Site("layer", "other", None, layout_of(model.layer))
+    found = calibrate(model, [site], [{"x": x}], needs=("gradient",), loss=lambda model, batch: model(**batch))
+    (reference,) = torch.autograd.grad(model(x), model.layer.weight)
+    gradient = found["layer", None].gradient_OI
+    assert gradient is not None and close(gradient, reference)
+
+
 def test_folds_hold_whole_sequences_and_do_not_depend_on_batches() -> None:
     model = tiny("llama")
     sites = resolve(model, ["attn.q"])
@@ -232,6 +254,11 @@ def test_adapters_in_force_act_in_calibration() -> None:
     x, _ = seen(model, site, data(model))
     assert adapted is not None and plain is not None
     assert close(adapted.mean_D, x.mean(0)) and not close(plain.mean_D, x.mean(0), 1e-2)
+    gradient = calibrate(model, [site], [data(model)], needs=("gradient",))[site.path, None].gradient_OI
+    weight = model.get_parameter(f"{site.path}.weight").requires_grad_()
+    (reference,) = torch.autograd.grad(model(**data(model)).loss, weight)
+    assert gradient is not None and close(gradient, reference)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in lk.parameters(model, "a"))
 
 
 def snapshot(model: nn.Module) -> list[Any]:
@@ -284,8 +311,9 @@ def test_other_forwards_are_not_listened_to() -> None:
     site = resolve(model, ["attn.q"])[0]
 
     def batches() -> Iterator[Batch]:
-        model(**data(model, rows=3))
-        yield data(model)
+        for batch in split(data(model), 5, 5):
+            model(**data(model, rows=3))
+            yield batch
 
     found, plain = (calibrate(model, [site], each)[site.path, None] for each in (batches(), [data(model)]))
     assert found.tokens == plain.tokens
@@ -375,7 +403,9 @@ def test_shapes_that_hide_the_padding_are_refused_only_where_there_is_some() -> 
         calibrate(model, [expert], [{"x": x, "attention_mask": mask}])
     batches, loss = [{"x": x, "attention_mask": mask}], lambda model, batch: model(**batch)
     with pytest.raises(BadData, match="the loss does not depend on idle"):
-        calibrate(model, [idle, expert], [{**batches[0], "attention_mask": mask * 0 + 1}], needs=("gradient",), loss=loss)
+        calibrate(
+            model, [idle, expert], [{**batches[0], "attention_mask": mask * 0 + 1}], needs=("gradient",), loss=loss
+        )
 
 
 def test_half_precision_is_gathered_in_float32() -> None:

@@ -88,8 +88,9 @@ def test_pissa(family: str) -> None:
 
 
 def test_olora() -> None:
-    """On Linear layers: PEFT takes the transposed weight of a Conv1D for the weight itself, and fails on it."""
-    mine, reference = ours(tiny("llama"), "llama", "olora"), theirs(get_peft_model(tiny("llama"), config("llama", "olora")))
+    """On Linear layers: PEFT takes a Conv1D's transposed weight for W, and changes the model's output or fails."""
+    mine = ours(tiny("llama"), "llama", "olora")
+    reference = theirs(get_peft_model(tiny("llama"), config("llama", "olora")))
     check_products(mine, reference)
     for path, (a_RI, b_OR) in mine.items():
         assert same_up_to_signs(a_RI, reference[path][0]) and same_up_to_signs(b_OR.T, reference[path][1].T)
@@ -193,7 +194,7 @@ def test_eva_takes_peft_directions() -> None:
 
 
 def test_eva_shares_ranks_out_as_peft_does() -> None:
-    """q and v see one input and so tie; which of them gets the odd direction is not defined, so tied ones are sorted."""
+    """q and v see one input and so tie; which of them gets the odd direction is not defined, so they are sorted."""
     reference, sites, statistics = eva()
     init = initialisation("covariance-eva")
     assert init.ranks is not None

@@ -13,7 +13,7 @@ from typing import Final, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.sites import Site
+from lorakit.core.sites import Site, weight_at
 from lorakit.core.statistics import Key, SiteStatistics, Statistics, explained, moment_of, not_gathered
 from lorakit.errors import BadMethod
 
@@ -50,19 +50,13 @@ def normalised_feature_norm(statistics: SiteStatistics, weight_OI: Tensor) -> fl
     """
     if statistics.norm_in is None or statistics.norm_out is None:
         raise not_gathered("norms")
-    random = statistics.norm_in * float(weight_OI.float().norm()) / math.sqrt(weight_OI.shape[1])
+    random = statistics.norm_in * float(weight_OI.detach().float().norm()) / math.sqrt(weight_OI.shape[1])
     return statistics.norm_out / random if random else math.inf
 
 
 def weights_of(model: nn.Module, sites: Sequence[Site]) -> dict[Key, Tensor]:
     """The matrix W (out, in) of each site, as views of the model's own."""
-    found: dict[Key, Tensor] = {}
-    for site in sites:
-        if site.layout is None:
-            raise BadMethod(f"{site.path} has no weight matrix; leave it out")
-        weight_OI = site.layout.matrix(model.get_submodule(site.path).get_parameter("weight").detach())
-        found[site.path, site.slice] = weight_OI if site.slice is None else site.slice.take(weight_OI, 0)
-    return found
+    return {(site.path, site.slice): weight_at(model.get_submodule(site.path), site.slice) for site in sites}
 
 
 def choose(

@@ -21,7 +21,8 @@ class Initialisation:
 
     `init(weight_OI, rank, statistics)` gives A (rank, in) and B (out, rank), float32 on the CPU. `needs` names the
     statistics it reads (words of `calibrate`). `splits` says that B A is meant as the update itself, so each factor is
-    divided by the square root of the scale. `ranks` shares a rank out over all sites, 0 for a site to leave out.
+    divided by the square root of the scale. `ranks` shares a rank out over all sites, 0 for a site to leave out. `random` says that the weight decides
+    nothing but the shapes.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Initialisation:
     needs: frozenset[str] = frozenset()
     splits: bool = False
     ranks: Ranks | None = None
+    random: bool = False
 
     def factors(
         self, weight_OI: Tensor, rank: int, statistics: SiteStatistics | None, path: str
@@ -62,4 +64,5 @@ def initialisation(name: str) -> Initialisation:
         frozenset(getattr(module, "NEEDS", ())),
         getattr(module, "SPLITS", False),
         getattr(module, "ranks", None),
+        getattr(module, "RANDOM", False),
     )

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.core import registry
+from lorakit.core.experts import WEIGHT, Stack, stacks_of
 from lorakit.core.layouts import Layout, layout_of
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 
@@ -71,20 +72,34 @@ def _both(dim: int) -> tuple[int, int]:
 class Site:
     """One place of a model: a module, or a slice of its output units, with its role.
 
-    `layout` is None for modules that have no weight matrix of a known kind (norms, whole blocks).
+    `layout` is None for modules that have no weight matrix of a known kind (norms, whole blocks). Stacked experts are a
+    `parameter` of their module; they have a `stack` instead of a layout, and slices of each expert's output units.
     """
 
     path: str
     role: str
     slice: Slice | None = None
     layout: Layout | None = field(default=None, compare=False)
+    parameter: str = WEIGHT
+    stack: Stack | None = field(default=None, compare=False)
+
+    @property
+    def key(self) -> tuple[str, str, Slice | None]:
+        """What tells the site from others."""
+        return self.path, self.parameter, self.slice
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether there is a weight matrix, or one for each expert."""
+        return self.layout is not None or self.stack is not None
 
     @property
     def out_features(self) -> int:
         """Output units of the site: those of the slice, or of the whole layer."""
-        if self.layout is None:
+        matrix = self.layout or self.stack
+        if matrix is None:
             raise ValueError(f"{self.path} has no weight matrix")
-        return self.slice.width if self.slice else self.layout.out_features
+        return self.slice.width if self.slice else matrix.out_features
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ class Part:
     times: int | str = 1
 
 
-Where = str | Part | tuple[str, ...]  # a path, a part of a fused layer, or several paths
+Where = str | Part | tuple[str | Part, ...]  # a path, a part of a fused layer, or several of these
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,8 @@ class Family:
     """Where the roles live in one model family.
 
     `block` is the tail of a block's path (`layers.*`); `inside` maps roles to paths below a block, `outside` to tails
-    of whole paths; a role may have several (self- and cross-attention).
+    of whole paths; a role may have several (self- and cross-attention). The path of stacked experts ends in the name of
+    their parameter.
     `post_norm` says that a block's norms come after the residual additions (BERT), `bidirectional` that a token sees
     those after it, and `leading` how many tokens have to stay first ([CLS]).
     `unbatched` maps tails of paths to the reason why the rows of a batch cannot be told apart in these layers.
@@ -178,10 +194,16 @@ def sites_of(model: nn.Module) -> list[Site]:
     block = _block(family)
     found = []
     for path, module in modules_of(model):
-        for role, where in _roles(path, family, block):
-            layout = layout_of(module)
-            part = _slice(where, layout, path, model) if isinstance(where, Part) and layout else None
-            found.append(Site(path, role, part, layout))
+        layout = layout_of(module)
+        found += [
+            Site(path, role, _slice(where, layout, path, model), layout) for role, where in _roles(path, family, block)
+        ]
+        for name, stack in stacks_of(module).items():
+            whole = f"{path}.{name}"
+            found += [
+                Site(path, role, _slice(where, stack, whole, model), None, name, stack)
+                for role, where in _roles(whole, family, block)
+            ]
     return found
 
 
@@ -190,23 +212,34 @@ def _block(family: Family) -> re.Pattern[str]:
     return re.compile(rf"(?:.*\.)?(?:{tails})")
 
 
-def _roles(path: str, family: Family, block: re.Pattern[str]) -> Iterator[tuple[str, Where]]:
+def _roles(path: str, family: Family, block: re.Pattern[str]) -> Iterator[tuple[str, str | Part]]:
     inside = block.match(path)
     if inside and inside.end() == len(path):
-        yield "block", ""
+        yield "block", path
     if inside and path[inside.end() :].startswith("."):
         tail = path[inside.end() + 1 :]
-        yield from ((role, where) for role, where in family.inside.items() if tail in _paths(where))
+        every = ((role, place) for role, where in family.inside.items() for place in _places(where))
+        yield from ((role, place) for role, place in every if _path(place) == tail)
     for role, tails in family.outside.items():
         if any(is_tail(path, tail) for tail in _paths(tails)):
-            yield role, tails
+            yield role, path
+
+
+def _places(where: Where) -> tuple[str | Part, ...]:
+    return where if isinstance(where, tuple) else (where,)
+
+
+def _path(place: str | Part) -> str:
+    return place.path if isinstance(place, Part) else place
 
 
 def _paths(where: Where) -> tuple[str, ...]:
-    return (where.path,) if isinstance(where, Part) else (where,) if isinstance(where, str) else where
+    return tuple(_path(place) for place in _places(where))
 
 
-def _slice(where: Part, layout: Layout, path: str, model: nn.Module) -> Slice:
+def _slice(where: str | Part, layout: Layout | Stack | None, path: str, model: nn.Module) -> Slice | None:
+    if layout is None or isinstance(where, str):
+        return None
     shares, times = [_number(share, model) for share in where.shares], _number(where.times, model)
     unit, rest = divmod(layout.out_features, sum(shares) * times)
     if rest:
@@ -259,15 +292,23 @@ def matching(sites: list[Site], target: str, model: nn.Module) -> list[Site]:
 
 
 def _by_path(sites: list[Site], target: str, model: nn.Module) -> list[Site]:
-    known = {site.path: site for site in sites if site.slice is None}
+    known: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.slice is None:
+            known.setdefault(site.path, []).append(site)
     paths = [(path, module) for path, module in modules_of(model) if is_tail(path, target)]
-    return [known.get(path) or Site(path, "other", None, layout_of(module)) for path, module in paths]
+    found = [s for path, module in paths for s in known.get(path) or [Site(path, "other", None, layout_of(module))]]
+    stacked = (site for each in known.values() for site in each if site.stack)
+    return found + [site for site in stacked if is_tail(f"{site.path}.{site.parameter}", target)]
 
 
 def _in_model_order(model: nn.Module, sites: list[Site]) -> list[Site]:
     order = {path: number for number, (path, _) in enumerate(modules_of(model))}
-    unique: dict[tuple[str, Slice | None], Site] = {(site.path, site.slice): site for site in sites}
-    return sorted(unique.values(), key=lambda s: (order[s.path], s.slice.start if s.slice else -1))
+
+    def place(site: Site) -> tuple[int, int, int]:
+        return order[site.path], site.stack.number if site.stack else -1, site.slice.start if site.slice else -1
+
+    return sorted({site.key: site for site in sites}.values(), key=place)
 
 
 def _no_such_target(model: nn.Module, target: str, sites: list[Site]) -> NoSuchTarget:
@@ -280,3 +321,12 @@ def _no_such_target(model: nn.Module, target: str, sites: list[Site]) -> NoSuchT
 def slice_of(data: Any) -> Slice | None:
     """Read a slice back from its saved form (a list of four numbers, or None)."""
     return None if data is None else Slice(*data)
+
+
+def weight_at(module: nn.Module, part: Slice | None) -> Tensor:
+    """The matrix W (out, in) of a layer, or a slice's rows of it: a view of the module's own where it can be one."""
+    layout = layout_of(module)
+    if layout is None:
+        raise BadMethod(f"a {type(module).__name__} has no weight matrix; leave it out of the targets")
+    weight_OI = layout.matrix(module.get_parameter("weight").detach())
+    return weight_OI if part is None else part.take(weight_OI, 0)

@@ -8,20 +8,21 @@ Legend: D channels, R components.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.statistics import Moment, merged
 from lorakit.errors import BadMethod
 from lorakit.inits._matrix import precise, principal
 
-SMOOTHNESS: Final = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # τ₁ that are tried
-SPARSITY: Final = (0.0, 0.01, 0.03, 0.1, 0.3)  # τ₂ that are tried, times 1/√D
-RHO: Final = 10.0  # ADMM's penalty, for S of largest eigenvalue 1
+SMOOTHNESS: Final = (0.0, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # τ₁ that are tried
+SPARSITY: Final = (0.0, 0.1, 0.3, 1.0)  # τ₂ that are tried, times 1/√D
+RHO: Final = 4.0  # ADMM's penalty; above 1, the largest eigenvalue of S
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +53,23 @@ def problem(moments: Sequence[Moment], roughness_DD: Tensor, device: torch.devic
 
 
 def components(moment_DD: Tensor, roughness_DD: Tensor, rank: int, smooth: float, sparse: float) -> Tensor:
-    """Φ (D, R), orthonormal: eigenvectors of S - τ₁Ω where τ₂ = 0 (which is exact), else by ADMM from there.
+    """Φ (D, R), orthonormal, for one pair of weights.
 
     >>> moment_DD = torch.diag(torch.tensor([3.0, 1.0, 2.0]).double())
     >>> components(moment_DD, torch.zeros(3, 3), 1, smooth=0.0, sparse=0.0).T.tolist()
     [[1.0, 0.0, 0.0]]
     """
-    start_DR = principal(moment_DD - smooth * roughness_DD, rank)
-    return admm(moment_DD - smooth * roughness_DD, start_DR, sparse) if sparse else start_DR
+    return next(path(moment_DD - smooth * roughness_DD, rank, [sparse]))
 
 
-def admm(gain_DD: Tensor, start_DR: Tensor, sparse: float, *, iterations: int = 500, tolerance: float = 1e-5) -> Tensor:
+def path(gain_DD: Tensor, rank: int, sparsity: Sequence[float]) -> Iterator[Tensor]:
+    """Φ for G = S - τ₁Ω and each τ₂: G's eigenvectors where τ₂ = 0, which is exact, else what ADMM makes of them."""
+    start_DR = principal(gain_DD, rank)
+    for sparse in sparsity:
+        yield admm(gain_DD, start_DR, sparse) if sparse else start_DR
+
+
+def admm(gain_DD: Tensor, start_DR: Tensor, sparse: float, *, iterations: int = 200, tolerance: float = 1e-4) -> Tensor:
     """Maximise tr(ΦᵀGΦ) - τ₂ Σ|φ| over orthonormal Φ by alternating directions, from `start`.
 
     Three copies of Φ are driven together: a free one (a linear solve), a sparse one (soft threshold) and an orthonormal
@@ -75,11 +82,10 @@ def admm(gain_DD: Tensor, start_DR: Tensor, sparse: float, *, iterations: int = 
     for _ in range(iterations):
         before_DR = whole_DR
         free_DR = inverse_DD @ (RHO * (thin_DR + whole_DR) - pull_thin - pull_whole)
-        thin_DR = torch.nn.functional.softshrink(free_DR + pull_thin / RHO, sparse / RHO)
+        thin_DR = F.softshrink(free_DR + pull_thin / RHO, sparse / RHO)
         whole_DR = polar(free_DR + pull_whole / RHO)
         pull_thin, pull_whole = pull_thin + RHO * (free_DR - thin_DR), pull_whole + RHO * (free_DR - whole_DR)
-        moved = max(float((each - whole_DR).abs().max()) for each in (before_DR, free_DR, thin_DR))
-        if moved <= tolerance:
+        if max(float((each - whole_DR).abs().max()) for each in (before_DR, free_DR, thin_DR)) <= tolerance:
             break
     used_D = thin_DR.abs().sum(1) > 0
     return polar(whole_DR * used_D[:, None]) if int(used_D.sum()) >= start_DR.shape[1] else whole_DR
@@ -91,22 +97,21 @@ def polar(matrix_DR: Tensor) -> Tensor:
     return u_DR @ v_RR
 
 
-def unexplained(given: Problem, rank: int, smooth: float, sparse: float) -> float:
-    """‖Y(1 - ΦΦᵀ)‖² summed over parts, with Φ from the other parts: tr S - tr(ΦᵀSΦ) needs no data but S."""
-    loss = 0.0
+def unexplained(given: Problem, rank: int, smooth: float, sparsity: Sequence[float]) -> list[float]:
+    """‖Y(1 - ΦΦᵀ)‖² = tr S - tr(ΦᵀSΦ) for each τ₂, summed over parts, with Φ from the other parts."""
+    losses = [0.0] * len(sparsity)
     for number, (tokens, held_DD) in enumerate(given.parts):
         others = [part for other, part in enumerate(given.parts) if other != number]
         total = sum(count for count, _ in others)
         train_DD = torch.stack([count / total * part_DD for count, part_DD in others]).sum(0)
-        phi_DR = components(train_DD, given.roughness_DD, rank, smooth, sparse)
-        loss += tokens * float(held_DD.trace() - (phi_DR * (held_DD @ phi_DR)).sum())
-    return loss
+        for which, phi_DR in enumerate(path(train_DD - smooth * given.roughness_DD, rank, sparsity)):
+            losses[which] += tokens * float(held_DD.trace() - (phi_DR * (held_DD @ phi_DR)).sum())
+    return losses
 
 
-def cross_validated(
-    given: Problem, rank: int, smoothness: Iterable[float] = SMOOTHNESS, sparsity: Iterable[float] = SPARSITY
-) -> tuple[float, float]:
+def cross_validated(given: Problem, rank: int) -> tuple[float, float]:
     """τ₁, then τ₂ at that τ₁, of the smallest unexplained variance in parts that were held out."""
-    smooth = min(smoothness, key=lambda smooth: unexplained(given, rank, smooth, 0.0))
-    scale = len(given.moment_DD) ** -0.5
-    return smooth, min((each * scale for each in sparsity), key=lambda each: unexplained(given, rank, smooth, each))
+    smooth = min(SMOOTHNESS, key=lambda smooth: unexplained(given, rank, smooth, [0.0])[0])
+    sparsity = [each * len(given.moment_DD) ** -0.5 for each in SPARSITY]
+    losses = unexplained(given, rank, smooth, sparsity)
+    return smooth, sparsity[losses.index(min(losses))]

@@ -35,7 +35,7 @@ def ranks(statistics: Sequence[SiteStatistics], rank: int, rho: float = RHO) -> 
     """Ranks of all sites that together are `rank` a site, given to the directions that explain most; 0: leave it out.
 
     A site with more than `rank` directions of its own gets at most `rho` times `rank`. Its scale stays what `rank`
-    makes it (EVA grows alpha with the rank). Of equal shares, those of the earlier site go first.
+    makes it (EVA grows alpha with the rank). Sites with equal shares take turns, the earlier one first.
 
     >>> from lorakit.core.statistics import Moment
     >>> flat, steep = torch.eye(4), torch.diag(torch.tensor([97.0, 1.0, 1.0, 1.0]))

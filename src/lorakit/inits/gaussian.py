@@ -7,6 +7,8 @@ from torch import Tensor
 
 STD = 0.02  # the paper gives none; its released GPT-2 code draws from N(0, 0.02^2)
 
+RANDOM = True
+
 
 def init(weight_OI: Tensor, rank: int, statistics: object) -> tuple[Tensor, Tensor]:
     """A (rank, in) from N(0, 0.02^2), B (out, rank) zero, both float32.

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+RANDOM = True
+
 
 def init(weight_OI: Tensor, rank: int, statistics: object) -> tuple[Tensor, Tensor]:
     """A (rank, in) from U(-1/sqrt(in), 1/sqrt(in)), B (out, rank) zero, both float32.

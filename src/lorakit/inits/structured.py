@@ -2,8 +2,8 @@
 
 SpatPCA (Wang and Huang 2017, arXiv:1501.03221) on activations. Hidden channels have no natural order, so smooth means:
 channels that correlate have similar entries. `structured-line` takes the channels' index instead. How smooth and how
-sparse is chosen by cross-validation over whole sequences; it takes some thirty eigendecompositions of the inputs'
-covariance, and the sparse ones an iteration each.
+sparse is chosen by cross-validation over whole sequences; it takes some forty eigendecompositions of a
+matrix (in, in), so minutes a layer where it is 2,000 wide.
 
 Legend: I in, O out, R rank.
 """

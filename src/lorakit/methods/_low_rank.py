@@ -6,7 +6,7 @@ Legend: B batch, T tokens, I in, O out, R rank, N adapters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
@@ -17,66 +17,16 @@ from torch import Tensor, nn
 from lorakit.core.delta import Delta
 from lorakit.core.initialise import initialisation
 from lorakit.core.layouts import Layout, layout_of
-from lorakit.core.method import Method, Tensors
+from lorakit.core.method import Tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.replace import BiasMode, bias_placements
-from lorakit.core.sites import GROUPS, Site, matching, resolve
+from lorakit.core.sites import GROUPS, Site, matching, weight_at
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 from lorakit.methods import _lora_peft as peft_format
+from lorakit.methods._targeted import Rules, Targeted, finite, whole
 
 LOW_RANK = "low-rank"
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
-Rules = Iterator[tuple[str, object, str, bool]]
-_LAYERS = "Linear, Conv1D, Embedding or ungrouped Conv2d"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targeted(Method):
-    """A method that acts on layers with a weight matrix, chosen by targets."""
-
-    targets: tuple[str, ...] | str = ("attn.q", "attn.v")  # roles, groups, globs; commas separate them in a text
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._split("targets")
-        refuse(self, self._rules())
-
-    def _rules(self) -> Rules:
-        yield "targets", self.targets, "roles, groups or globs, at least one", bool(self.targets)
-
-    def sites(self, model: nn.Module, layers: str = _LAYERS) -> list[Site]:
-        """The targets' sites with a weight matrix; every target names at least one.
-
-        Raises:
-            NoSuchTarget: a target that matches nothing.
-            BadMethod: a target that matches only modules without a matrix.
-        """
-        sites = resolve(model, self.targets)
-        for target in self.targets:
-            if not any(site.layout for site in matching(sites, target, model)):
-                kinds = {type(model.get_submodule(s.path)).__name__ for s in matching(sites, target, model)}
-                raise BadMethod(f"{self.name} needs {layers} layers, but {target!r} names {', '.join(sorted(kinds))}")
-        return [site for site in sites if site.layout is not None]
-
-
-def refuse(method: Method, rules: Rules) -> None:
-    """Refuse fields that break their rules, all in one sentence.
-
-    Raises:
-        BadMethod: one rule or several are broken.
-    """
-    if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
-        raise BadMethod(f"{type(method).__name__} cannot be built so: {'; '.join(faults)}")
-
-
-def whole(name: str, value: object, least: int = 1) -> tuple[str, object, str, bool]:
-    """The rule of a whole number that is at least `least`."""
-    return name, value, f"a whole number of at least {least}", isinstance(value, int) and value >= least
-
-
-def finite(name: str, value: object) -> tuple[str, object, str, bool]:
-    """The rule of a finite number."""
-    return name, value, "a finite number", isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +67,24 @@ class LowRankMethod(Targeted):
         ranks, alphas = _per_site(model, sites, self.ranks), _per_site(model, sites, self.alphas)
         shared_out = self._shared_out(sites, statistics)
         low = [
-            self._placement(site, int(rank or usual), self.alpha if alpha is None else float(alpha))
+            self._placement(site, int(rank or usual), self._alpha(alpha, usual))
             for site, rank, usual, alpha in zip(sites, ranks, shared_out, alphas, strict=True)
             if rank or usual
         ]
         return (*low, *bias_placements(model, self.bias, (placement.path for placement in low)))
+
+    def _alpha(self, own: float | None, shared_out: int) -> float:
+        """A site's alpha; one that was given another rank by its data keeps the scale of the others (EVA)."""
+        return self.alpha * (shared_out or self.rank) / self.rank if own is None else float(own)
 
     def _shared_out(self, sites: list[Site], statistics: Mapping[Any, Any] | None) -> list[int]:
         """The rank of each site: the method's, or as the initialisation shares ranks out by statistics."""
         share = initialisation(self.init).ranks
         if share is None or statistics is None:
             return [self.rank] * len(sites)
+        absent = [site.path for site in sites if (site.path, site.slice) not in statistics]
+        if absent:
+            raise BadMethod(f"the statistics have nothing of {absent[0]}; calibrate(model, method.sites(model), ...)")
         return share([statistics[site.path, site.slice] for site in sites], self.rank)
 
     def _placement(self, site: Site, rank: int, alpha: float) -> Placement:
@@ -187,15 +144,6 @@ def _specificity(key: str, sites: Iterable[Site]) -> int:
     return 1 if any(site.role == key for site in sites) else 2
 
 
-def weight_of(placement: Placement, module: nn.Module) -> Tensor:
-    """The base's W (out, in) at a placement (a view where it can be one)."""
-    layout = layout_of(module)
-    if layout is None:
-        raise BadMethod(f"{placement.path} is a {type(module).__name__}, which has no weight matrix to adapt")
-    weight_OI = layout.matrix(module.get_parameter("weight").detach())
-    return weight_OI if placement.slice is None else placement.slice.take(weight_OI, 0)
-
-
 class Factors(Delta):
     """A (R, in) and B (out, R) of one site; s (B A - B0 A0) is its update, B0 A0 what an initialisation began with."""
 
@@ -223,11 +171,13 @@ class Factors(Delta):
     def start(self, module: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
         """Take the first values from the initialisation that the placement names."""
         init, place = initialisation(self.placement.init), self.placement
+        if self.layout.lookup and not init.random:
+            raise BadMethod(f"{place.path} is an embedding, which {init.name} cannot start; take kaiming or gaussian")
         if self.layout.lookup:  # an embedding's input selects columns of A, so A is the zero half (loralib, PEFT)
             self.B.copy_(torch.randn(self.B.shape))
             return
         found = None if statistics is None else statistics.get((place.path, place.slice))
-        a_RI, b_OR = init.factors(weight_of(place, module), place.rank, found, place.path)
+        a_RI, b_OR = init.factors(weight_at(module, place.slice), place.rank, found, place.path)
         if init.splits and self.scale > 0:  # B A is the update itself
             a_RI, b_OR = a_RI / math.sqrt(self.scale), b_OR / math.sqrt(self.scale)
         self.A.copy_(a_RI)

@@ -16,7 +16,6 @@ from lorakit.core.plan import MODULE, Placement, Plan
 from lorakit.core.sites import ADAPTERS, Site, family_of, modules_of, sites_of
 from lorakit.core.state import deltas_of
 from lorakit.errors import BadMethod, nearest
-from lorakit.methods._low_rank import Rules, refuse, whole
 from lorakit.methods._narrow import (
     Activation,
     AfterSite,
@@ -30,6 +29,7 @@ from lorakit.methods._narrow import (
     kronecker,
     start_all,
 )
+from lorakit.methods._targeted import Rules, refuse, whole
 
 Place = Literal["sublayers", "mlp", "residual", "block"]
 AFTER, AROUND = "bottleneck", "bottleneck-around-norm"

@@ -1,0 +1,65 @@
+"""Methods that act on layers with a weight matrix, chosen by targets; and the rules of their fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorakit.core.method import Method
+from lorakit.core.sites import Site, matching, resolve
+from lorakit.errors import BadMethod
+
+Rules = Iterator[tuple[str, object, str, bool]]  # a field, its value, what it must be, whether it is that
+_LAYERS = "Linear, Conv1D, Embedding or ungrouped Conv2d"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targeted(Method):
+    """A method that acts on layers with a weight matrix, chosen by targets."""
+
+    targets: tuple[str, ...] | str = ("attn.q", "attn.v")  # roles, groups, globs; commas separate them in a text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._split("targets")
+        refuse(self, self._rules())
+
+    def _rules(self) -> Rules:
+        yield "targets", self.targets, "roles, groups or globs, at least one", bool(self.targets)
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The targets' sites with a weight matrix; every target names at least one.
+
+        Raises:
+            NoSuchTarget: a target that matches nothing.
+            BadMethod: a target that matches only modules without a matrix.
+        """
+        sites = resolve(model, self.targets)
+        for target in self.targets:
+            if not any(site.layout for site in matching(sites, target, model)):
+                kinds = {type(model.get_submodule(s.path)).__name__ for s in matching(sites, target, model)}
+                raise BadMethod(f"{self.name} needs {_LAYERS} layers, but {target!r} names {', '.join(sorted(kinds))}")
+        return [site for site in sites if site.layout is not None]
+
+
+def refuse(method: Method, rules: Rules) -> None:
+    """Refuse fields that break their rules, all in one sentence.
+
+    Raises:
+        BadMethod: one rule or several are broken.
+    """
+    if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
+        raise BadMethod(f"{type(method).__name__} cannot be built so: {'; '.join(faults)}")
+
+
+def whole(name: str, value: object, least: int = 1) -> tuple[str, object, str, bool]:
+    """The rule of a whole number that is at least `least`."""
+    return name, value, f"a whole number of at least {least}", isinstance(value, int) and value >= least
+
+
+def finite(name: str, value: object) -> tuple[str, object, str, bool]:
+    """The rule of a finite number."""
+    return name, value, "a finite number", isinstance(value, int | float) and math.isfinite(value)
