@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
+from lorakit.core.method import method_names
 from tests.source import (
     PACKAGE,
     ROOT,
@@ -95,9 +96,10 @@ def test_a_methods_name_stands_in_its_own_file_only(path: Path) -> None:
     if part in ("methods", ""):
         return
     classes = {node.name for file in METHOD_FILES for node in parsed(file).body if isinstance(node, ast.ClassDef)}
-    names = classes if part == "cli" else classes | {file.stem for file in METHOD_FILES}  # a verb's default is a name
+    names = {kind.__name__ for kind, _ in method_names().values()}
+    names |= set() if part == "cli" else set(method_names())  # a verb's default is a name
     found = [entry for entry in identifiers(path) if entry[1] in classes]
-    found += [(line, text) for line, text in strings(path) if text.lower() in {name.lower() for name in names}]
+    found += [(line, text) for line, text in strings(path) if text.replace("_", "-") in names]
     found += [entry for entry in imports(path) if entry[1].startswith("lorakit.methods.") and entry[1] != DEFAULT]
     assert not found, f"{module_name(path)} names a method: {found}; the registry finds methods"
 

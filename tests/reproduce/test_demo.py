@@ -86,10 +86,10 @@ def test_the_demo_refuses_damaged_results_and_files(
 
 def test_the_demo_clears_nothing_before_its_model_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reviews").mkdir()
-    (tmp_path / "results.json").write_text('{"demo": "full"}')
+    (tmp_path / "results.json").write_text('{"demo": "finished"}')
     monkeypatch.setattr(demo, "BASE", str(tmp_path / "nowhere"))
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert (tmp_path / "results.json").read_text() == '{"demo": "full"}' and (tmp_path / "reviews").is_dir()
+    assert (tmp_path / "results.json").read_text() == '{"demo": "finished"}' and (tmp_path / "reviews").is_dir()
 
 
 @pytest.mark.slow

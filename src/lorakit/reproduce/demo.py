@@ -192,7 +192,7 @@ def finish(
     """Gather and write `results.json`, and put the first adapter's metrics and loss curve beside it."""
     told, right = labelled.results, sum(review.asked == review.labelled for review in reviews)
     results = {
-        "demo": "quick" if demo.quick else "full",
+        "demo": "quick" if demo.quick else "finished",
         "quick": demo.quick,
         "accuracy_before": told["base"]["accuracy"],
         "accuracy_after": told["adapter"]["accuracy"],
