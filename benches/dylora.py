@@ -12,10 +12,9 @@ from _record import options, record
 
 import lorakit as lk
 from lorakit import models
-from lorakit.core.method import Method, method_called
+from lorakit.core.method import Method
 from lorakit.data import Data, Dataset, collate, encode_texts, open_data, order
 from lorakit.evaluate import classification_accuracy
-from lorakit.methods.dylora import truncate
 from lorakit.reproduce.run import with_head
 from lorakit.train import Feed, Train, run
 
@@ -76,10 +75,10 @@ def trained(method: Method, sizes: Sizes, seed: int) -> tuple[Any, Any, Dataset]
 
 def dylora(sizes: Sizes, seed: int) -> dict[int, float]:
     """The accuracy of one training at each rank."""
-    model, tokenizer, data = trained(method_called("dylora")(**{"rank": max(RANKS)}), sizes, seed)
+    model, tokenizer, data = trained(lk.DyLoRA(rank=max(RANKS)), sizes, seed)
     found = {}
     for rank in RANKS:
-        truncate(model, NAME, rank, f"{NAME}-{rank}")
+        lk.DyLoRA.truncate(model, NAME, rank, f"{NAME}-{rank}")
         with lk.use(model, f"{NAME}-{rank}"):
             found[rank] = classification_accuracy(model, tokenizer, data.test)
     return found
