@@ -1,4 +1,4 @@
-"""One DyLoRA training, truncated to each rank, beside a LoRA trained at that rank: MiniLM on film reviews, three seeds."""
+"""One DyLoRA training truncated to each rank, beside LoRA trained at that rank: MiniLM, film reviews, three seeds."""
 
 from __future__ import annotations
 

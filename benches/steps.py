@@ -62,8 +62,8 @@ def main() -> None:
         "PEFT's to PEFT's LoRA": seconds[f"peft {name}"] / seconds["peft lora"],
         "to PEFT's": seconds[f"lorakit {name}"] / seconds[f"peft {name}"],
     } for name in CONFIGS}  # fmt: skip
-    record("steps", {"quick": arguments.quick, "sizes": vars(sizes), "seconds": seconds, "ratios": ratios, "bars": BARS},
-           arguments.json)  # fmt: skip
+    found = {"quick": arguments.quick, "sizes": vars(sizes), "seconds": seconds, "ratios": ratios, "bars": BARS}
+    record("steps", found, arguments.json)
     for name, told in ratios.items():
         print(f"{name:>8}: " + ", ".join(f"{value:.2f} {what}" for what, value in told.items()))
     missed = [name for name, bar in BARS.items() if ratios[name]["to lorakit's LoRA"] > bar]

@@ -58,8 +58,9 @@ def test_one_file_is_a_method(gain: Method, family: str, tmp_path: Path) -> None
 
 
 def test_it_trains_from_the_command_line(gain: Method, declared, tmp_path: Path, capsys) -> None:
-    words = ["--base", declared.base, "--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
+    data = ["--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
+    method = ["--method", "gain", "--method.targets", "attn.v"]
     out = tmp_path / "out-gain"
-    assert main(["train", *words, "--method", "gain", "--method.targets", "attn.v", "--train.steps", "2", "--out", str(out)]) == 0
+    assert main(["train", "--base", declared.base, *data, *method, "--train.steps", "2", "--out", str(out)]) == 0
     assert main(["eval", str(out)]) == 0
     assert "accuracy" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from transformers import (
 
 DECODERS = (
     *("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "gptj", "opt"),
-    *("gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "mixtral", "qwen3_moe"),
 )
 ENCODERS = ("bert", "roberta", "deberta", "deberta-v2")
 SEQUENCE_TO_SEQUENCE = ("t5",)
@@ -25,6 +25,7 @@ VISION = ("vit",)
 FAMILIES = DECODERS + ENCODERS + SEQUENCE_TO_SEQUENCE + VISION
 KIN = {  # model types that have the module names of one of these families, and its sizes here
     **dict.fromkeys(("ministral", "smollm3"), "llama"),
+    **dict.fromkeys(("olmoe", "qwen2_moe"), "qwen3_moe"),
     **{"electra": "bert", "xlm-roberta": "roberta", "camembert": "roberta", "mt5": "t5", "umt5": "t5"},
 }
 
@@ -42,6 +43,8 @@ _SIZES = {
 }
 _GROUPED = {"num_key_value_heads": 2}
 _SIZED = {**_GROUPED, "head_dim": 8}
+_ROUTED = {"num_experts_per_tok": 2, "experts_implementation": "batched_mm"}  # the one that knows float64 and compiles
+_EXPERTS = {**_ROUTED, "num_experts": 4, "moe_intermediate_size": 48}
 _ENCODER_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _DEBERTA = {
     **_ENCODER_DROPOUT,
@@ -63,6 +66,10 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_SIZED, "query_pre_attn_scalar": 8},
     "phi": {},
     "phi3": _GROUPED,
+    "mixtral": {**_GROUPED, **_ROUTED, "num_local_experts": 4},
+    "qwen3_moe": {**_SIZED, **_EXPERTS},
+    "olmoe": {**_GROUPED, **_EXPERTS},
+    "qwen2_moe": {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 48},
     "bert": _ENCODER_DROPOUT,
     "electra": {**_ENCODER_DROPOUT, "embedding_size": 32},
     "roberta": {**_ENCODER_DROPOUT, "max_position_embeddings": 66, "type_vocab_size": 1},
@@ -101,6 +108,7 @@ def tiny(
         for parameter in model.parameters():  # DeBERTa makes some in float32 whatever is asked, and then cannot run
             parameter.data = parameter.data.to(dtype)
         _vary_vectors(model)
+        _settle_routers(model)
     return model.eval()
 
 
@@ -134,3 +142,15 @@ def _vary_vectors(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+@torch.no_grad()
+def _settle_routers(model: PreTrainedModel) -> None:
+    """Let a token's number decide between two pairs of experts: rounding would decide a close choice."""
+    routers = [module for path, module in model.named_modules() if path.endswith("mlp.gate")]
+    for router in routers:
+        router.weight[:2, 0] += 8
+        router.weight[2:, 0] -= 8
+    if routers:
+        embeddings = model.get_input_embeddings().weight
+        embeddings[0::2, 0], embeddings[1::2, 0] = 3, -3

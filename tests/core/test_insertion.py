@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.methods.prefix_layer import PrefixLayer
 from lorakit.train.loss import picked_backward
 from tests.laws.cases import close, scramble
-from tests.tiny import DECODERS, ENCODERS, inputs, tiny, tokens
+from tests.tiny import DECODERS, inputs, tiny, tokens
 
 FORMS: dict[str, Method] = {
     "words": PrefixEmbedding(prefix=3, infix=2),
@@ -31,6 +32,13 @@ FORMS: dict[str, Method] = {
     "key-value": PrefixLayer(prefix=2, infix=3, form="key-value"),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def slow(family: str) -> Any:
+    return pytest.param(family, marks=pytest.mark.slow)
+
+
+DECODERS_SLOWLY = ["llama", "gpt2", *(slow(family) for family in DECODERS if family not in ("llama", "gpt2"))]
 PADDING = 0  # of the tiny models
 LENGTHS = (7, 4, 5)
 
@@ -60,8 +68,8 @@ def greedy(model: PreTrainedModel, ids_1T: Tensor, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
+@every_form
+@pytest.mark.parametrize("family", [*DECODERS_SLOWLY, "bert", "roberta", *map(slow, ("deberta", "deberta-v2"))])
 def test_a_row_padded_on_the_right_is_what_it_is_alone(family: str, form: str) -> None:
     if (family, form) == ("deberta-v2", "key-value"):
         pytest.skip("refused: it projects the relative positions with the same weights")
@@ -76,7 +84,7 @@ def test_a_row_padded_on_the_right_is_what_it_is_alone(family: str, form: str) -
 
 @torch.no_grad()
 @every_form
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", DECODERS_SLOWLY)
 def test_generate_is_a_loop_of_whole_forwards(family: str, form: str) -> None:
     model = prefixed(family, form)
     ids_BT, mask_BT = ragged(model, left=True)
@@ -101,6 +109,44 @@ def test_beams_and_samples_are_the_same_with_and_without_a_cache(family: str, ho
     assert torch.equal(*found)
     with lk.use(model, None):
         assert not torch.equal(model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=5, **how), found[0])
+
+
+@torch.no_grad()
+@every_form
+def test_an_encoder_is_given_its_places_once(form: str) -> None:
+    model = prefixed("t5", form)
+    ids_BT, mask_BT = ragged(model, left=False)
+    said = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    together = model.generate(ids_BT, attention_mask=mask_BT, **said)
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(together[row], model.generate(ids_BT[row : row + 1, :length], **said)[0])
+    with lk.use(model, None):
+        assert not torch.equal(model.generate(ids_BT, attention_mask=mask_BT, **said), together)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "deberta", "llama"])
+def test_token_types_of_tokenizers_are_taken(family: str) -> None:
+    model = prefixed(family)
+    ids_BT = tokens(model)
+    assert close(model(input_ids=ids_BT, token_type_ids=torch.zeros_like(ids_BT))[0], model(ids_BT)[0])
+
+
+@torch.no_grad()
+def test_another_thread_is_refused_and_changes_nothing() -> None:
+    model, found = prefixed("gpt2"), []
+    ids_BT = tokens(model)
+    expected = model(ids_BT, labels=ids_BT).logits
+
+    def intrude(*_: object) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(model, ids_BT[:1], labels=ids_BT[:1]).exception())
+
+    with lk.use(model, "a"):
+        handle = model.transformer.h[0].register_forward_hook(intrude)  # in the middle of our own forward
+        assert torch.equal(model(ids_BT, labels=ids_BT).logits, expected)
+        handle.remove()
+    assert isinstance(found[0], BadState)
 
 
 @torch.no_grad()
@@ -341,8 +387,8 @@ def test_caches_that_do_not_fit_are_refused() -> None:
     own = model(ids_BT, attention_mask=holes_BT[:, :7]).past_key_values
     with pytest.raises(BadRouting, match="pad on the left"):
         model(ids_BT[:, :1], attention_mask=holes_BT, past_key_values=own)
-    with pytest.raises(BadRouting, match="prefill_chunk_size"):
-        model.generate(ids_BT, max_new_tokens=2, prefill_chunk_size=3)
+    with pytest.raises(BadRouting, match="prefill_chunk_size"), contexts(model, torch.tensor([7])):
+        model(ids_BT[:, :3])
     with pytest.raises(BadRouting, match="no room for a prefix"):
         model.generate(ids_BT, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(BadData, match="64"):

@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, PreTrainedModel
 
 import lorakit as lk
-from lorakit.errors import BadAdapterFile, BadModel, LorakitError, OutputExists
+from lorakit.errors import BadAdapterFile, BadModel, LorakitError, NotMergeable, OutputExists
 from lorakit.interop import merge_checkpoint
 from lorakit.models.loading import _Place
-from tests.laws.cases import adapted, close, every_case, output, scramble
+from tests.laws.cases import METHODS, adapted, close, every_case, output, scramble, waived
 from tests.source import package_files, parsed
 from tests.tiny import tiny, tokens
 
@@ -31,8 +31,11 @@ def _base(family: str, folder: Path, **options: object) -> Path:
 
 
 def _again(family: str, folder: Path) -> PreTrainedModel:
-    kind = AutoModelForCausalLM if family in ("llama", "gpt2") else AutoModel
-    return kind.from_pretrained(folder).eval()
+    return type(tiny(family)).from_pretrained(folder).eval()
+
+
+# transformers writes some tensors of these under other names, or in other pieces, than the model has
+RENAMED = {"vit": METHODS, "gpt_neox": ("full",), **dict.fromkeys(("mixtral", "qwen3_moe"), ("full", "full-top2"))}
 
 
 @every_case
@@ -41,6 +44,12 @@ def test_a_merged_folder_is_the_attached_model(family: str, method: str, shard: 
     model = adapted(family, method)
     lk.save(model, "a", tmp_path / "a")
     base = _base(family, tmp_path / "base", max_shard_size=shard)
+    if waived(method, "merge") or method in RENAMED.get(family, ()):
+        error, words = (NotMergeable, "cannot be merged") if waived(method, "merge") else (BadModel, "has no weights")
+        with pytest.raises(error, match=words):
+            merge_checkpoint(base, tmp_path / "a", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
     merge_checkpoint(base, tmp_path / "a", tmp_path / "out")
     assert close(output(_again(family, tmp_path / "out")), output(model))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(list(base.glob("*.safetensors")))

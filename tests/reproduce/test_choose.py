@@ -35,7 +35,8 @@ def test_what_is_chosen_fits_the_budget_and_can_be_trained(declared: Run, by: st
 
 
 def test_the_command_writes_a_file_to_train_with(declared: Run, tmp_path: Path, capsys) -> None:
-    words = ["--base", declared.base, "--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
+    data = ["--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
+    words = ["--base", declared.base, *data]
     out = tmp_path / "chosen.toml"
     assert main(["choose", *words, "--budget", "500", "--calibrate_on", "8", "--out", str(out)]) == 0
     assert "of 500 trained numbers" in capsys.readouterr().out

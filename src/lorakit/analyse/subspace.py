@@ -1,4 +1,4 @@
-"""Directions that matrices share, and what an update does with those of its weight (Hu et al. 2021, section 7, G and H).
+"""Directions that matrices share, and what an update does with those of its weight (Hu et al. 2021, section 7).
 
 Legend: I in, O out, R rank, K width of a common space.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def similarity(one_RK: Tensor, other_RK: Tensor, i: int, j: int) -> float:
-    """φ = ‖V_iᵀ V'_j‖_F² / min(i, j), from 0 (nothing shared) to 1, of the top right singular directions of two matrices.
+    """φ = ‖V_iᵀ V'_j‖_F² / min(i, j), from 0 (nothing shared) to 1, of the top right singular directions of two.
 
     For independent random subspaces of a K-dimensional space its expectation is max(i, j) / K.
 
@@ -25,7 +25,7 @@ def similarity(one_RK: Tensor, other_RK: Tensor, i: int, j: int) -> float:
 
 
 def projected(weight_OI: Tensor, other_OI: Tensor, rank: int) -> float:
-    """‖Uᵀ W V‖_F, with U and V the top left and right singular directions of another matrix: W's part in its directions.
+    """‖Uᵀ W V‖_F, with U and V the top left and right singular directions of another: W's part in them.
 
     With W's own directions it is the root of the sum of its `rank` largest squared singular values; with random ones
     about ‖W‖_F rank / sqrt(out in).

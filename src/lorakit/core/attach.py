@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.insertion import is_watched, stack_of, unwatch, watch
+from lorakit.core.insertion import is_watched, unwatch, watch
 from lorakit.core.method import Method, build
 from lorakit.core.plan import BIAS, Plan
 from lorakit.core.routing import hook, route, routing_for, unhook
 from lorakit.core.sites import ADAPTERS
+from lorakit.core.stack import stack_of
 from lorakit.core.state import (
     Adapters,
     Attached,
@@ -66,8 +67,8 @@ def attach(
     """
     missing = method.needs() if statistics is None else None
     if missing:
-        raise BadMethod(f"{method.name} starts from statistics of data ({', '.join(sorted(missing))}); gather them with "
-                        "calibrate(model, ...) and give them: attach(..., statistics=)")  # fmt: skip
+        raise BadMethod(f"{method.name} starts from statistics of data ({', '.join(sorted(missing))}); gather them: "
+                        "attach(..., statistics=calibrate(model, method.sites(model), batches))")  # fmt: skip
     plan = method.plan(model, statistics)
     method.check(plan, model)
     deltas = new_deltas(model, method, plan)
@@ -75,9 +76,11 @@ def attach(
     put(model, name, Attached(method, plan, trainable=True), deltas, active=active)
 
 
-def new_deltas(model: nn.Module, method: Method, plan: Plan) -> list[tuple[nn.Module, Delta]]:
-    """Build the deltas of a plan beside their modules; the model is not changed."""
-    shared, built = method.shared(plan, model), []
+def new_deltas(
+    model: nn.Module, method: Method, plan: Plan, whole: Plan | None = None
+) -> list[tuple[nn.Module, Delta]]:
+    """Build the deltas of a plan (or of a part of the `whole` plan) beside their modules; the model is not changed."""
+    shared, built = method.shared(plan if whole is None else whole, model), []
     for placement in plan:
         module = model.get_submodule(placement.path)
         built.append((module, build(method, placement, module, shared)))
@@ -199,17 +202,17 @@ def detach(model: nn.Module, name: str) -> None:
     require_unmerged(state, "detach")
     del state.attached[name]
     inserting = any(any(record.method.inserts) for record in state.attached.values())
+    if not inserting:
+        unwatch(model)
     for _, module, adapters in list(adapters_of(model)):
         adapters.remove(name)
+        if not inserting:
+            unwatch(module)
         if adapters._modules:
             continue
         unhook([module])
-        if not inserting:
-            unwatch(module)
         if not is_watched(module):
             del module._modules[ADAPTERS]
-    if not inserting:
-        unwatch(model)
     if not state.attached:
         _forget(model, state)
         return
@@ -219,6 +222,7 @@ def detach(model: nn.Module, name: str) -> None:
 
 
 def _forget(model: nn.Module, state: State) -> None:
+    route(model, None)
     for path, flag in state.required_grad.items():
         model.get_parameter(path).requires_grad_(flag)
     model.__dict__.pop(_IGNORED, None)

@@ -53,8 +53,11 @@ class Delta(nn.Module, ABC):
         """The new output of the site, given the module's input and the site's present output."""
         return y
 
-    def enter(self, module: nn.Module) -> None:
-        """Called before the module's forward, by deltas that stand in for its weights while it runs."""
+    def enter(self, module: nn.Module, share: Tensor | None = None) -> None:
+        """Called before the module's forward, of deltas that stand in for its weights while it runs.
+
+        `share` is the delta's weight in a mixture; None where its adapter acts alone. Rows of a batch never come here.
+        """
 
     def leave(self, module: nn.Module) -> None:
         """Called after the module's forward, even one that raised."""

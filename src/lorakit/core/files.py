@@ -34,7 +34,7 @@ BaseTensor = Callable[[str], Tensor | None]  # a name -> the base's tensor of th
 
 log = logging.getLogger("lorakit")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+ROOT, PREFIX = "base_model.", "base_model.model."
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
@@ -64,9 +64,15 @@ def save(model: nn.Module, name: str, folder: str | Path) -> None:
             f"{', '.join(resting[:3])}; choose targets that the model's forward uses"
         )
     config, tensors = record.method.to_peft([delta for delta in deltas if not delta.placement.is_replaced])
-    tensors = {PREFIX + key: _written(key, value) for key, value in (tensors | _replaced(record.plan, deltas)).items()}
+    tensors |= _replaced(record.plan, deltas)
+    tensors = {_key(model, name): _written(name, value) for name, value in tensors.items()}
     files = {TENSORS: with_header(tensors, header_of(model, record)), CONFIG: _config(model, record, config)}
     write_files(Path(folder), files)
+
+
+def _key(model: nn.Module, name: str) -> str:
+    """PEFT's name in the file; one of PEFT's own that belongs to no layer (what all share) stays as it is."""
+    return name if name.startswith(ROOT) and ROOT.rstrip(".") not in model._modules else PREFIX + name
 
 
 def _written(key: str, value: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ def _bias_name(path: str, adapted: set[str]) -> str:
 def _config(model: nn.Module, record: Attached, config: dict[str, Any]) -> bytes:
     endings = [task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)]
     common = {
-        "peft_type": record.method.peft_type or record.method.name.upper().replace("-", "_"),
+        "peft_type": config.get("peft_type") or record.method.peft_type or record.method.name.upper().replace("-", "_"),
         "task_type": endings[0] if endings else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
@@ -211,7 +217,8 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _bare(key: str) -> str:
-    return key.replace("_orig_mod.", "").removeprefix(PREFIX)
+    key = key.replace("_orig_mod.", "")
+    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")  # so with a prompt
 
 
 def _is_real(value: Tensor) -> bool:
@@ -314,21 +321,24 @@ def _filled(
     rest = tuple(each for each in record.plan if each.is_replaced)
     left = dict(tensors)
     with torch.device("meta"):
-        trial = [delta for _, delta in new_deltas(model, record.method, own)]
+        trial = [delta for _, delta in new_deltas(model, record.method, own, record.plan)]
     faults = record.method.read(trial, left)
-    replaced = _built(model, record.method, rest, device)
+    replaced = _built(model, record.method, rest, rest, device)
     for _, delta in replaced:
         faults += fill(_names(delta, {each.path for each in own}), left)
     faults += [f"{key} is not part of it" for key in sorted(left)]
     if faults:
         raise BadAdapterFile(folder, faults)
-    deltas = _built(model, record.method, own, device)
+    deltas = _built(model, record.method, own, record.plan, device)
     record.method.read([delta for _, delta in deltas], tensors)
-    return deltas + replaced
+    order = {(each.path, each.slot): number for number, each in enumerate(record.plan)}
+    return sorted(deltas + replaced, key=lambda pair: order[pair[1].placement.path, pair[1].placement.slot])
 
 
-def _built(model: nn.Module, method: Method, plan: Plan, device: str | None) -> list[tuple[nn.Module, Delta]]:
-    deltas = new_deltas(model, method, plan)
+def _built(
+    model: nn.Module, method: Method, plan: Plan, whole: Plan, device: str | None
+) -> list[tuple[nn.Module, Delta]]:
+    deltas = new_deltas(model, method, plan, whole)
     return [(module, _with_room(delta, device) if device else delta) for module, delta in deltas]
 
 

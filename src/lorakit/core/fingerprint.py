@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.checked import misfits
+from lorakit.core.experts import WEIGHT, experts_of
+from lorakit.core.sites import modules_of
 from lorakit.core.state import state_or_new
 
 SAMPLES = 256  # values a matrix, at fixed places
@@ -19,8 +21,12 @@ TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same 
 
 
 def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
-    """The model's class and number of labels, and shape and sampled bf16 values of the weight at each path, as JSON."""
-    found = {path: _weight(model, path) for path in sorted(set(paths))}
+    """The model's class and number of labels, and shape and sampled bf16 values of the weight at each path, as JSON.
+
+    Of a module that has no weight of its own (a block), those below it are sampled.
+    """
+    places = {place for path in set(paths) for place in _weighted(model, path)}
+    found = {place: _weight(model, place) for place in sorted(places)}
     weights = {path: weight for path, weight in found.items() if weight is not None and not weight.is_meta}
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     return {
@@ -79,12 +85,30 @@ def same_values(sample: Mapping[str, Any], weight: Tensor) -> bool:
 
 def _weight(model: nn.Module, path: str) -> Tensor | None:
     """The base's own weight at a path, also while something is merged into it."""
+    own = _parameter(model, path, WEIGHT)
+    if own is None:
+        own = _parameter(model, *path.rpartition(".")[::2])
+    weight = None if own is None else state_or_new(model).original(own)
+    return weight.detach() if weight is not None and weight.is_floating_point() else None
+
+
+def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter | None:
     try:
-        own = model.get_submodule(path)._parameters.get("weight")
+        return model.get_submodule(path)._parameters.get(name)
     except AttributeError:
         return None
-    weight = state_or_new(model).originals.get(path, {}).get("weight", own)
-    return weight.detach() if weight is not None and weight.is_floating_point() else None
+
+
+def _weighted(model: nn.Module, path: str) -> list[str]:
+    """The path itself (of stacked experts, their parameters'), or where it has no weight those below it that have."""
+    module = model.get_submodule(path)
+    below = (each for inner, inside in modules_of(module) for each in _own(f"{path}.{inner}", inside))
+    return _own(path, module) or list(below)
+
+
+def _own(path: str, module: nn.Module) -> list[str]:
+    weight = [path] if module._parameters.get(WEIGHT) is not None else []
+    return weight + [f"{path}.{name}" for name in experts_of(module)]
 
 
 def _sample(weight: Tensor) -> Tensor:

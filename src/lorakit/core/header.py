@@ -57,18 +57,16 @@ def header_faults(told: Any) -> list[str]:
     faults = misfits(told, HEADER, "its header", required=HEADER)
     if faults or told["format"] < 1:
         return faults or [f"its header has a bad format: {format_}"]
-    try:
-        kind, _ = named(str(told["method"].get("name")))
-    except LorakitError as error:
-        return [f"its method is refused: {error}"]
-    return _method_faults(kind, told["method"]) + plan_faults(told["plan"], kind.kinds) + fingerprint_faults(told["base"])
+    method, faults = _method(told["method"])
+    kinds = None if method is None else method.kinds_by_part
+    return faults + plan_faults(told["plan"], kinds) + fingerprint_faults(told["base"])
 
 
-def _method_faults(kind: type[Method], told: Mapping[str, Any]) -> list[str]:
+def _method(told: Mapping[str, Any]) -> tuple[Method | None, list[str]]:
+    """The method that a header tells, or what is wrong with it."""
     try:
+        kind, _ = named(str(told.get("name")))
         faults = kind.told_faults(told)
-        if not faults:
-            Method.from_json(told)
+        return (None, faults) if faults else (Method.from_json(told), [])
     except (LorakitError, ValueError, TypeError) as error:
-        return [f"its method is refused: {error}"]
-    return faults
+        return None, [f"its method is refused: {error}"]

@@ -21,8 +21,8 @@ class Initialisation:
 
     `init(weight_OI, rank, statistics)` gives A (rank, in) and B (out, rank), float32 on the CPU. `needs` names the
     statistics it reads (words of `calibrate`). `splits` says that B A is meant as the update itself, so each factor is
-    divided by the square root of the scale. `ranks` shares a rank out over all sites, 0 for a site to leave out. `random` says that the weight decides
-    nothing but the shapes.
+    divided by the square root of the scale. `ranks` shares a rank out over all sites, 0 for a site to leave
+    out. `random` says that the weight decides nothing but the shapes.
     """
 
     name: str

@@ -8,11 +8,10 @@ Legend: B batch, T tokens given, L places after insertion, N places put in, P of
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, Self, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,37 +19,13 @@ from torch import Tensor, nn
 from lorakit.core.hooks import drop_hooks
 from lorakit.core.positions import UNLABELLED
 from lorakit.core.route import Inserted, Routing
-from lorakit.core.sites import ADAPTERS, family_of, modules_of, sites_of
+from lorakit.core.sites import ADAPTERS
+from lorakit.core.stack import Reading
 from lorakit.core.state import Adapters, State, claim, is_claimed, state_of, state_or_new
-from lorakit.errors import BadData, BadMethod, BadRouting
+from lorakit.errors import BadData, BadRouting
 
 Numbers = tuple[int, int]  # places before the tokens, and between context and target
 _WHOLE: Final = -1  # the end of a context that is the whole row
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a stack reads: what it is called with, and what it makes of a sequence."""
-
-    names: tuple[str, ...]
-    bidirectional: bool  # whether a token sees those after it
-    leading: int  # tokens that have to stay first
-    filler: int  # a token that is not the padding: what stands at the places put in
-    longest: int | None  # the most places there may be
-    has_types: bool  # whether token types have a table of their own
-
-    @classmethod
-    def of(cls, stack: nn.Module) -> Self:
-        """The reading of a stack, found once: a forward pass looks nothing up."""
-        config, family = getattr(stack, "config", None), family_of(stack)
-        return cls(
-            tuple(_names(stack)),
-            family.bidirectional,
-            family.leading,
-            filler=1 if getattr(config, "pad_token_id", None) == 0 else 0,
-            longest=longest_of(stack),
-            has_types=bool(getattr(config, "type_vocab_size", 0)),
-        )
 
 
 @dataclass(frozen=True)
@@ -91,58 +66,6 @@ def _layout(tokens: int, start_B: Tensor, ends_B: Tensor, numbers: Numbers) -> _
     return _Layout(own_BT, torch.cat([before_BP, between_BI], 1))
 
 
-def stack_of(model: nn.Module) -> nn.Module:
-    """The module that holds the blocks and is called with token ids.
-
-    Raises:
-        BadMethod: the model has none (it reads images, say).
-    """
-    return model.get_submodule(stack_path(model))
-
-
-def stack_path(model: nn.Module) -> str:
-    """The path of the stack ("" for the model itself)."""
-    path = next((site.path for site in sites_of(model) if site.role == "block"), "")
-    while path:
-        path = path.rpartition(".")[0]
-        if "input_ids" in _names(model.get_submodule(path)):
-            return path
-    raise BadMethod(f"{type(model).__name__} has no blocks that read token ids, so nothing can be put between its tokens")
-
-
-def is_within(path: str, stack: str) -> bool:
-    """Whether a module lies in the stack."""
-    return not stack or path.startswith(f"{stack}.")
-
-
-def embedding_path(model: nn.Module) -> str:
-    """The path of the layer that turns token ids into vectors, for the stack.
-
-    Raises:
-        BadMethod: the stack does not tell.
-    """
-    stack = stack_of(model)
-    try:
-        layer = cast(Any, stack).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        layer = None
-    found = next((path for path, module in modules_of(model) if module is layer), None)
-    if found is None:
-        raise BadMethod(f"{type(stack).__name__} does not tell its word embeddings (get_input_embeddings), so no place of "
-                        "its sequence can be given a vector")  # fmt: skip
-    return found
-
-
-def longest_of(stack: nn.Module) -> int | None:
-    """How many places the stack's positions suffice for; None if there is no such limit."""
-    most = getattr(getattr(stack, "config", None), "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return None
-    tables = [module for path, module in modules_of(stack) if path.endswith("position_embeddings")]
-    skipped = [table.padding_idx for table in tables if isinstance(table, nn.Embedding)]
-    return most - max((index + 1 for index in skipped if index is not None), default=0)  # RoBERTa counts from there
-
-
 def longest_insertion(model: nn.Module) -> int:
     """The most places that an attached adapter puts into a sequence."""
     return max((sum(record.method.inserts) for record in state_or_new(model).attached.values()), default=0)
@@ -171,8 +94,8 @@ def inserts_of(state: State) -> Numbers:
 
 def generate_after_context(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` where all that is given is context, however often it is read again."""
-    given = next((value for value in (*args, *map(kwargs.get, ("inputs", "input_ids"))) if isinstance(value, Tensor)), None)
-    if given is None:
+    given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if not isinstance(given, Tensor) or cast(Reading, state_of(model).reading).bidirectional:
         return cast(Any, type(model)).generate(model, *args, **kwargs)
     with contexts(model, torch.tensor([given.shape[1]])):
         return cast(Any, type(model)).generate(model, *args, **kwargs)
@@ -257,10 +180,6 @@ def _claim(state: State) -> None:
         claim(state, recomputing=torch._C._current_graph_task_id() != -1)
 
 
-def _names(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
 def _length_of(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
@@ -272,11 +191,11 @@ def _refuse_unreadable(given: Mapping[str, Any], reading: Reading) -> None:
     if ids_BT.dim() != 2 or (positions is not None and positions.dim() != 2):
         raise BadRouting("a prefix needs token ids and position ids (batch, tokens), without a third dimension")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise BadRouting("a prefix needs an attention mask (batch, tokens) or none, not one of pairs of tokens, as packed "
-                         "sequences and static caches have")  # fmt: skip
-    if given.get("token_type_ids") is not None and not reading.has_types:
-        raise BadRouting("this model looks token types up among its word embeddings, where a prefix has its own vectors; "
-                         "leave token_type_ids out")  # fmt: skip
+        raise BadRouting("a prefix needs an attention mask (batch, tokens) or none, not pairs of tokens (packing)")
+    if getattr(given.get("past_key_values"), "is_compileable", False):
+        raise BadRouting("a cache of fixed size has no room for a prefix; generate without cache_implementation")
+    if given.get("token_type_ids") is not None and reading.types_are_words:
+        raise BadRouting("this model reads token types as words, where a prefix would count twice; leave them out")
 
 
 def _begun(state: State, given: dict[str, Any], numbers: Numbers, reading: Reading) -> dict[str, Any]:
@@ -340,8 +259,10 @@ def _key(
         return (numbers, *ids_BT.shape)
     starts, ends = torch.stack([start_B, ends_B]).tolist()
     if max(ends, default=0) > tokens:
-        raise BadRouting(f"a context ends at {max(ends)} in rows of {tokens} tokens; an infix needs the whole context at "
-                         "once (in generate, without prefill_chunk_size)")  # fmt: skip
+        raise BadRouting(
+            f"a context ends at {max(ends)} in rows of {tokens} tokens; an infix needs the whole context at once (in "
+            "generate, without prefill_chunk_size)"
+        )
     return (numbers, *ids_BT.shape, *starts, *ends)
 
 
@@ -364,8 +285,10 @@ def _refuse_broken(given: Mapping[str, Any], first_B: Tensor) -> None:
     real_BT = torch.ones_like(given["input_ids"]) if mask_BT is None else mask_BT.long()
     start_BT = positions - real_BT.cumsum(1)
     if bool(((start_BT != start_BT.gather(1, first_B[:, None])) & real_BT.bool()).any()):
-        raise BadRouting("a prefix needs rows of one sequence each, with positions that count on; these position_ids start "
-                         "again or leave some out, as those of packed sequences do")  # fmt: skip
+        raise BadRouting(
+            "a prefix needs rows of one sequence each, with positions that count on; these position_ids start again or "
+            "leave some out, as those of packed sequences do"
+        )
 
 
 def _refuse_foreign(mask_BT: Tensor, ids_BT: Tensor, past: int, numbers: Numbers) -> None:
@@ -378,8 +301,7 @@ def _refuse_foreign(mask_BT: Tensor, ids_BT: Tensor, past: int, numbers: Numbers
             "whole sequence again"
         )
     if numbers[1] and not torch.compiler.is_compiling() and bool((mask_BT[:, 1:] < mask_BT[:, :-1]).any()):
-        raise BadRouting("padding lies between the tokens in the cache, so the infix's place in it is not known; pad on the "
-                         "left")  # fmt: skip
+        raise BadRouting("padding lies between the cached tokens, so the infix's place is not known; pad on the left")
 
 
 def _refuse_too_long(length: int, inserted: int, reading: Reading) -> None:

@@ -37,8 +37,8 @@ class Layout(ABC):
         """Apply A to the layer's input."""
 
     @abstractmethod
-    def lift(self, low: Tensor, b_OR: Tensor) -> Tensor:
-        """Apply B to R channels; the result has the shape of the layer's output."""
+    def lift(self, low: Tensor, b_OR: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """Apply B to R channels, and add a bias; the result has the shape of the layer's output."""
 
     def along_output(self, bias_O: Tensor) -> Tensor:
         """Shape a vector so that it adds to the layer's output."""
@@ -58,8 +58,8 @@ class LinearLayout(Layout):
     def project(self, x: Tensor, a_RI: Tensor) -> Tensor:
         return F.linear(x, a_RI)
 
-    def lift(self, low: Tensor, b_OR: Tensor) -> Tensor:
-        return F.linear(low, b_OR)
+    def lift(self, low: Tensor, b_OR: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(low, b_OR, bias_O)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class EmbeddingLayout(Layout):
     def project(self, x: Tensor, a_RI: Tensor) -> Tensor:
         return F.embedding(x, a_RI.T)
 
-    def lift(self, low: Tensor, b_OR: Tensor) -> Tensor:
-        return F.linear(low, b_OR)
+    def lift(self, low: Tensor, b_OR: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(low, b_OR, bias_O)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Conv2dLayout(Layout):
             return F.conv2d(x, kernel, None, self.stride, self.padding, self.dilation)
         return F.conv2d(F.pad(x, self.border, mode=self.padding_mode), kernel, None, self.stride, 0, self.dilation)
 
-    def lift(self, low: Tensor, b_OR: Tensor) -> Tensor:
-        return F.conv2d(low, b_OR[:, :, None, None])
+    def lift(self, low: Tensor, b_OR: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.conv2d(low, b_OR[:, :, None, None], bias_O)
 
     def along_output(self, bias_O: Tensor) -> Tensor:
         return bias_O[:, None, None]

@@ -5,15 +5,17 @@ Originals are kept, never recomputed: W += d; W -= d would change up to a third 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.delta import Delta
+from lorakit.core.delta import Delta, changes_input, stands_in
 from lorakit.core.routing import hook, routing_for, unhook
-from lorakit.core.state import Adapters, State, adapters_of, claim, require_unmerged, state_of
+from lorakit.core.state import State, adapters_of, claim, require_unmerged, state_of
 from lorakit.errors import BadState, NotMergeable
+
+Parts = Sequence[tuple[list[Delta], float | None]]
 
 
 @torch.no_grad()
@@ -41,33 +43,29 @@ def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
     routing_for(model, what)
     try:
         for path, module, adapters in adapters_of(model):
-            _merge_module(state, path, module, adapters, weights)
+            parts = [(deltas, weight) for name, weight in weights.items() if (deltas := adapters.deltas(name))]
+            if parts:
+                _merge_module(state, path, module, parts)
     except BaseException:
-        _restore(model, state)
+        _restore(state)
         raise
     unhook(module for _, module, _ in adapters_of(model))
     state.merged = " + ".join(repr(name) for name in weights)
 
 
-def _merge_module(
-    state: State, path: str, module: nn.Module, adapters: Adapters, weights: Mapping[str, float | None]
-) -> None:
-    parts = [(adapters.deltas(name), weight) for name, weight in weights.items() if adapters.deltas(name)]
-    if not parts:
-        return
+def _merge_module(state: State, path: str, module: nn.Module, parts: Parts) -> None:
     own = {name: p for deltas, _ in parts for delta in deltas for name, p in delta.weights(module).items()}
     new = folded({name: parameter.detach() for name, parameter in own.items()}, parts)
     for name, value in new.items():
         if not torch.isfinite(value).all():
-            raise NotMergeable(f"merging {' + '.join(weights)} gives {path}.{name} a value that is not finite")
-    state.originals[path] = {name: own[name].data for name in new}
+            raise NotMergeable(f"merging gives {path}.{name} a value that is not finite")
+    changed = {id(parameter) for parameter, _ in state.originals}  # by a module around this one, or one tied to it
+    state.originals += [(own[name], own[name].data) for name in new if id(own[name]) not in changed]
     for name, value in new.items():
         own[name].data = value
 
 
-def folded(
-    values: Mapping[str, Tensor], parts: list[tuple[list[Delta], float | None]]
-) -> dict[str, Tensor]:
+def folded(values: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
     """One module's parameters with deltas folded in: W + sum of w_i (W_i - W), or W_1 for a lone adapter.
 
     `parts` pairs the deltas of each adapter with its weight (None: this adapter alone, taken whole).
@@ -82,8 +80,11 @@ def folded(
 
 
 def _fold_all(wide: Mapping[str, Tensor], deltas: list[Delta]) -> dict[str, Tensor]:
+    """Fold what stands in for weights, then what acts on the output, in order; then on the input, the last one first."""
     new: dict[str, Tensor] = {}
-    for delta in deltas:
+    inner = [delta for delta in deltas if changes_input(delta)]
+    outer = [delta for delta in deltas if not changes_input(delta)]
+    for delta in [*sorted(outer, key=lambda delta: not stands_in(delta)), *reversed(inner)]:
         new |= delta.merged(dict(wide) | new)
     return new
 
@@ -103,15 +104,13 @@ def unmerge(model: nn.Module) -> None:
     state = state_of(model)
     if not state.merged:
         raise BadState("nothing is merged; call merge(model, name) first")
-    _restore(model, state)
+    _restore(state)
     for _, module, _ in adapters_of(model):
         hook(module)
     state.merged = ""
 
 
-def _restore(model: nn.Module, state: State) -> None:
-    for path, originals in state.originals.items():
-        module = model.get_submodule(path)
-        for name, value in originals.items():
-            module.get_parameter(name).data = value
+def _restore(state: State) -> None:
+    for parameter, value in state.originals:
+        parameter.data = value
     state.originals.clear()

@@ -35,6 +35,7 @@ class Method(ABC):
     peft_type: ClassVar[str] = ""  # "" where PEFT has no such method
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named constructors: a name, and the fields it sets
     waives: ClassVar[Mapping[str, str]] = {}  # laws that it is free of (fresh, merge, rows), and why
+    reads_base: ClassVar[bool] = False  # whether its deltas read the base's weight, so that none may act before them
 
     train: tuple[str, ...] | str = ()  # modules trained whole and saved with the adapter, e.g. classifier
 
@@ -89,6 +90,11 @@ class Method(ABC):
         """The sites whose statistics it wants."""
         del model
         return []
+
+    @property
+    def kinds_by_part(self) -> Mapping[int, tuple[str, ...]]:
+        """The kinds of its own placements, by their `part`: 0, but in a combination."""
+        return {0: self.kinds}
 
     @property
     def inserts(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import nn
 
 from lorakit.core.checked import misfits, types_of
-from lorakit.core.layouts import layout_of
+from lorakit.core.experts import WEIGHT, shape_of
 from lorakit.core.sites import Slice, modules_of, slice_of
 
 BIAS: Final = "bias"
@@ -22,9 +22,10 @@ _ONCE = {"dtype": str}  # entries of older files that say nothing any more
 class Placement:
     """One delta to build: where it acts, what it is, and how big.
 
-    `kind` names the delta: a replaced `bias` or `module`, or a word of the method's own (`low-rank`). `rank` is its size
-    (the rank of a factorisation, the width of a bottleneck, the number of prefix tokens), 0 where it has none; alpha,
-    scale and init are those of low-rank deltas. `part` numbers the method of a combination.
+    `kind` names the delta: a replaced `bias` or `module`, or a word of the method's own (`low-rank`). `rank` is its
+    size (the rank of a factorisation, the width of a bottleneck, the number of prefix tokens), 0 where it has none;
+    alpha, scale and init are those of low-rank deltas. `part` numbers the method of a combination. `parameter` is the
+    module's weight, or its parameter in which experts are stacked.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Placement:
     scale: float = 1.0
     init: str = ""
     part: int = 0
+    parameter: str = WEIGHT
 
     @property
     def is_replaced(self) -> bool:
@@ -51,7 +53,8 @@ class Placement:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; `from_json` gives an equal placement back."""
         values = asdict(self) | {"slice": astuple(self.slice) if self.slice else None}
-        return values if self.part else {key: value for key, value in values.items() if key != "part"}
+        usual = {"part": 0, "parameter": WEIGHT}
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Placement:
@@ -63,8 +66,11 @@ class Placement:
 Plan = tuple[Placement, ...]
 
 
-def plan_faults(told: Sequence[object], kinds: Collection[str]) -> list[str]:
-    """What is wrong with a plan of these kinds that a file tells, whatever the model; one without faults can be read."""
+def plan_faults(told: Sequence[object], kinds: Mapping[int, Collection[str]] | None) -> list[str]:
+    """What is wrong with a plan that a file tells, whatever the model; one without faults can be read.
+
+    `kinds` are those that each part of the method has (None: not known).
+    """
     faults: list[str] = []
     seen: set[tuple[str, str]] = set()
     wanted = types_of(Placement) | _ONCE
@@ -79,8 +85,11 @@ def plan_faults(told: Sequence[object], kinds: Collection[str]) -> list[str]:
     return faults
 
 
-def _senseless(placement: Placement, kinds: Collection[str], seen: set[tuple[str, str]]) -> Iterator[str]:
-    if placement.kind not in (*REPLACED, *kinds):
+def _senseless(
+    placement: Placement, kinds: Mapping[int, Collection[str]] | None, seen: set[tuple[str, str]]
+) -> Iterator[str]:
+    own = kinds.get(placement.part, ()) if kinds is not None else (placement.kind,)
+    if placement.kind not in (*REPLACED, *own):
         yield f"has a bad kind: {placement.kind!r}"
     if placement.rank < 0 or placement.part < 0:
         yield f"has the rank {placement.rank} and the part {placement.part}"
@@ -106,8 +115,10 @@ def _misplaced(placement: Placement, module: nn.Module | None) -> str:
         return f"{placement.path} has no bias here"
     if placement.kind == MODULE and not own:
         return f"{placement.path} has no numbers of its own here"
-    layout, part = layout_of(module), placement.slice
-    if part and not (layout and _is_inside(part, layout.out_features)):
+    shape, part = shape_of(module, placement.parameter), placement.slice
+    if placement.parameter != WEIGHT and shape is None:
+        return f"{placement.path} has no stacked experts {placement.parameter} here"
+    if part and not (shape and _is_inside(part, shape[-2])):
         return f"{placement.path} has no slice {astuple(part)} here"
     return ""
 

@@ -1,8 +1,9 @@
 """Gradient checkpointing: `backward` runs a forward again, which must be under the routing it first ran with.
 
-A non-reentrant checkpoint recomputes under the routing that was noted last, and every adapted layer saves a mark of its
-routing for backward: a recomputation under another one is noticed by the checkpoint itself, which raises. A reentrant
-checkpoint saves nothing, so its forwards are counted layer by layer, and each recomputation takes one off.
+A non-reentrant checkpoint recomputes a layer under the routing that was noted for it last, and every adapted layer
+saves a mark of its routing for backward: a recomputation under another one is noticed by the checkpoint itself, which
+raises. A reentrant checkpoint saves nothing, so its forwards are counted layer by layer, and each recomputation takes
+one off.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _REENTRANT = cast(Any, CheckpointFunction.forward).__code__
 class Recomputation:
     """What is known of forwards that may be run again."""
 
-    noted: list[Routing | None] = field(default_factory=list)  # by forwards since the last recomputation; one is enough
+    noted: dict[int, list[Routing | None]] = field(default_factory=dict)  # layer -> the last, and one more
     recomputed: bool = False
     waiting: dict[int, list[Routing | None]] = field(default_factory=dict)  # layer -> reentrant forwards
 
@@ -41,7 +42,8 @@ class Recomputation:
             return present
         self.recomputed = True
         if _hooks_are_on():
-            return self.noted[0] if len(self.noted) == 1 else present
+            noted = self.noted.get(id(layer), [])
+            return present if not noted or present in noted else noted[-1]
         waiting = self.waiting.get(id(layer), [])
         if len(set(waiting)) != 1:
             self.waiting.clear()  # the next step begins anew
@@ -55,25 +57,25 @@ class Recomputation:
     def _note(self, present: Routing | None, layer: object, *, training: bool) -> None:
         if torch.is_grad_enabled():
             if self.recomputed:
-                self.recomputed, self.noted = False, []
-            if len(self.noted) < 2 and present not in self.noted:
-                self.noted.append(present)
+                self.recomputed, self.noted = False, {}
+            before = [routing for routing in self.noted.get(id(layer), []) if routing != present]
+            self.noted[id(layer)] = [*before[:1], present]
         elif training and _in_reentrant_forward():
             self.waiting.setdefault(id(layer), []).append(present)
 
 
-def marked(y: Tensor, routing: Routing | None) -> Tensor:
-    """`y`, with a mark of the routing saved for backward where a checkpoint is watching."""
-    if not y.requires_grad or not _hooks_are_on():
+def marked(y: Any, routing: Routing | None) -> Any:
+    """`y`, if it is a tensor with a mark of the routing saved for backward where a checkpoint is watching."""
+    if not isinstance(y, Tensor) or not y.requires_grad or not _hooks_are_on():
         return y
-    return cast(Tensor, _Mark.apply(y, mark_of(routing)))  # type: ignore[no-untyped-call]
+    return _Mark.apply(y, mark_of(routing))  # type: ignore[no-untyped-call]
 
 
 class _Mark(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, mark: Tensor) -> Tensor:
         ctx.save_for_backward(mark)
-        return y.view_as(y)
+        return y.clone()  # of a view, PyTorch would refuse changes in place, which some models make
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

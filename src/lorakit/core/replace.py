@@ -13,9 +13,10 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
+from lorakit.core.experts import experts_of
 from lorakit.core.layouts import layout_of
 from lorakit.core.plan import BIAS, MODULE, Placement
-from lorakit.core.sites import GROUPS, is_tail, matching, modules_of, sites_of
+from lorakit.core.sites import ADAPTERS, GROUPS, is_tail, matching, modules_of, sites_of
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 
 BiasMode = Literal["none", "all", "lora_only"]
@@ -76,13 +77,15 @@ def bias_placements(model: nn.Module, mode: BiasMode, adapted: Iterable[str]) ->
     paths = set(adapted)
     chosen = [path for path, module in modules_of(model) if mode == "all" or path in paths if _has_bias(module)]
     if not chosen:
-        where = "this model" if mode == "all" else "the adapted layers"
-        raise BadMethod(f"bias={mode!r} has nothing to train: {where} of {type(model).__name__} have no bias")
+        kind = type(model).__name__
+        where = f"{kind} has" if mode == "all" else f"the adapted layers of {kind} have"
+        raise BadMethod(f"{where} no bias to train; choose a method (or bias='none') that acts on weights alone")
     return [Placement(path, "bias", BIAS) for path in chosen]
 
 
 def _has_bias(module: nn.Module) -> bool:
-    return module._parameters.get("bias") is not None
+    """Whether the module adds a bias to its output: one with modules in it may hold a bias for them (BERT's LM head)."""
+    return module._parameters.get("bias") is not None and not set(module._modules) - {ADAPTERS}
 
 
 def module_placements(model: nn.Module, targets: Iterable[str]) -> list[Placement]:
@@ -99,6 +102,10 @@ def module_placements(model: nn.Module, targets: Iterable[str]) -> list[Placemen
             have = [tail for tail in tails if not tail.isdigit()]
             kind = type(model).__name__
             raise NoSuchTarget(f"no module of {kind} to train matches {target!r}; {nearest(target, have)}")
+        stacked = next((path for path in leaves if experts_of(model.get_submodule(path))), None)
+        if stacked is not None:
+            raise BadMethod(f"{target!r} names the stacked experts of {stacked}, which cannot be trained whole beside "
+                            "an adapter; name other modules, or make these a target")  # fmt: skip
         paths |= dict.fromkeys(leaves)
     return [Placement(path, "module", MODULE) for path in paths]
 

@@ -16,8 +16,8 @@ RESERVED = ("training", "state", "acted", "versions")
 class Inserted:
     """What a method put into the sequence of one forward; two with the same key are the same.
 
-    `index_BL` numbers the inserted positions (-1: a token that was given), `kept_BT` says for each token given which
-    place's hidden state it gets.
+    `index_BL` numbers the places put in (-1: a token that was given), `kept_BT` says for each token given which place's
+    hidden state it gets.
     """
 
     key: tuple[object, ...]
@@ -37,13 +37,13 @@ class Routing:
     weights: tuple[float, ...] | None = None
     rows: tuple[int, ...] | None = None
     inserted: Inserted | None = None
-    keys: tuple[str, ...] = field(init=False, compare=False, repr=False)  # the names as module names
+    keys: tuple[str, ...] = field(default=(), compare=False, repr=False)  # the names as module names
     weights_N: Tensor | None = field(init=False, compare=False, repr=False)
     rows_B: Tensor | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         made = {
-            "keys": tuple(key_of(name) for name in self.names),
+            "keys": self.keys or tuple(key_of(name) for name in self.names),  # a compiled forward cannot make them
             "weights_N": None if self.weights is None else torch.tensor(self.weights),
             "rows_B": None if self.rows is None else torch.tensor(self.rows),
         }

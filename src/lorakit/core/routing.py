@@ -91,8 +91,8 @@ def _mixture(model: nn.Module, weights: Mapping[str, float]) -> Routing:
         raise BadRouting(f"the weights of a mixture have to be finite numbers, not {dict(weights)}")
     for name in weights:
         if unmixed := next((delta for delta in deltas_of(model, name) if not delta.mixes), None):
-            raise BadRouting(f"{name!r} cannot be part of a mixture: {unmixed.placement.kind} is not a change of outputs "
-                             "that could be weighted")  # fmt: skip
+            raise BadRouting(f"{name!r} cannot be part of a mixture: {unmixed.placement.kind} is no change of "
+                             "outputs that could be weighted")  # fmt: skip
     return Routing(tuple(weights), weights=tuple(float(weight) for weight in weights.values()))
 
 
@@ -147,20 +147,25 @@ def prepare(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The forward pre-hook of modules whose input or weights an adapter changes."""
     adapters = cast(Adapters, module._modules[ADAPTERS])
+    depart(module, args, None)  # an interrupted forward may not have come to it
     routing = _routing(module, adapters, adapters._modules)
     if routing is None:
         return args, kwargs
-    if routing.rows_B is None and routing.weights_N is None:
-        for delta in adapters.at(routing.keys[0]):
-            delta.enter(module)
+    if routing.rows_B is None:
+        shares = [None] if routing.weights_N is None else routing.weights_N.unbind()
+        for key, share in zip(routing.keys, shares, strict=True):
+            for delta in adapters.at(key):
+                delta.enter(module, share)
     x = _prepared(adapters, routing, _first(args, kwargs))
     return ((x, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x})
 
 
 def _prepared(adapters: Adapters, routing: Routing, x: Any) -> Any:
     if routing.rows_B is not None:
-        rows_B = _fit_rows(adapters.state, routing.rows_B.to(x.device), x)
-        for deltas in adapters.at_slots(routing.keys).values():
+        slots = adapters.at_slots(routing.keys).values()
+        early = [deltas for deltas in slots if any(delta is not None and changes_input(delta) for delta in deltas)]
+        rows_B = _fit_rows(adapters.state, routing.rows_B.to(x.device), x) if early else routing.rows_B
+        for deltas in early:
             x = before_rows(deltas, rows_B, x)
         return x
     if routing.weights_N is None:
@@ -231,8 +236,11 @@ def _mixed(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
 
 
 def _on_rows(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
+    slots = adapters.at_slots(routing.keys).values()
+    if not slots:  # whatever is here takes no part, so this need not be a layer whose first dimension is the batch
+        return y
     rows_B = _fit_rows(adapters.state, cast(Tensor, routing.rows_B).to(y.device), y)
-    for deltas in adapters.at_slots(routing.keys).values():
+    for deltas in slots:
         y = act_on_rows(deltas, rows_B, x, y)
     return y
 

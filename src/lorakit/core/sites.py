@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.core import registry
-from lorakit.core.experts import WEIGHT, Stack, stacks_of
+from lorakit.core.experts import WEIGHT, Experts, experts_of
 from lorakit.core.layouts import Layout, layout_of
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 
@@ -73,7 +73,7 @@ class Site:
     """One place of a model: a module, or a slice of its output units, with its role.
 
     `layout` is None for modules that have no weight matrix of a known kind (norms, whole blocks). Stacked experts are a
-    `parameter` of their module; they have a `stack` instead of a layout, and slices of each expert's output units.
+    `parameter` of their module; they have `experts` instead of a layout, and slices of each expert's output units.
     """
 
     path: str
@@ -81,7 +81,7 @@ class Site:
     slice: Slice | None = None
     layout: Layout | None = field(default=None, compare=False)
     parameter: str = WEIGHT
-    stack: Stack | None = field(default=None, compare=False)
+    experts: Experts | None = field(default=None, compare=False)
 
     @property
     def key(self) -> tuple[str, str, Slice | None]:
@@ -91,12 +91,12 @@ class Site:
     @property
     def has_matrix(self) -> bool:
         """Whether there is a weight matrix, or one for each expert."""
-        return self.layout is not None or self.stack is not None
+        return self.layout is not None or self.experts is not None
 
     @property
     def out_features(self) -> int:
         """Output units of the site: those of the slice, or of the whole layer."""
-        matrix = self.layout or self.stack
+        matrix = self.layout or self.experts
         if matrix is None:
             raise ValueError(f"{self.path} has no weight matrix")
         return self.slice.width if self.slice else matrix.out_features
@@ -195,15 +195,12 @@ def sites_of(model: nn.Module) -> list[Site]:
     found = []
     for path, module in modules_of(model):
         layout = layout_of(module)
-        found += [
-            Site(path, role, _slice(where, layout, path, model), layout) for role, where in _roles(path, family, block)
-        ]
-        for name, stack in stacks_of(module).items():
-            whole = f"{path}.{name}"
-            found += [
-                Site(path, role, _slice(where, stack, whole, model), None, name, stack)
-                for role, where in _roles(whole, family, block)
-            ]
+        for role, where in _roles(path, family, block):
+            found.append(Site(path, role, _slice(where, layout, path, model), layout))
+        for name, experts in experts_of(module).items():
+            for role, where in _roles(f"{path}.{name}", family, block):
+                part = _slice(where, experts, f"{path}.{name}", model)
+                found.append(Site(path, role, part, None, name, experts))
     return found
 
 
@@ -237,7 +234,7 @@ def _paths(where: Where) -> tuple[str, ...]:
     return tuple(_path(place) for place in _places(where))
 
 
-def _slice(where: str | Part, layout: Layout | Stack | None, path: str, model: nn.Module) -> Slice | None:
+def _slice(where: str | Part, layout: Layout | Experts | None, path: str, model: nn.Module) -> Slice | None:
     if layout is None or isinstance(where, str):
         return None
     shares, times = [_number(share, model) for share in where.shares], _number(where.times, model)
@@ -298,7 +295,7 @@ def _by_path(sites: list[Site], target: str, model: nn.Module) -> list[Site]:
             known.setdefault(site.path, []).append(site)
     paths = [(path, module) for path, module in modules_of(model) if is_tail(path, target)]
     found = [s for path, module in paths for s in known.get(path) or [Site(path, "other", None, layout_of(module))]]
-    stacked = (site for each in known.values() for site in each if site.stack)
+    stacked = (site for each in known.values() for site in each if site.experts)
     return found + [site for site in stacked if is_tail(f"{site.path}.{site.parameter}", target)]
 
 
@@ -306,7 +303,7 @@ def _in_model_order(model: nn.Module, sites: list[Site]) -> list[Site]:
     order = {path: number for number, (path, _) in enumerate(modules_of(model))}
 
     def place(site: Site) -> tuple[int, int, int]:
-        return order[site.path], site.stack.number if site.stack else -1, site.slice.start if site.slice else -1
+        return order[site.path], site.experts.number if site.experts else -1, site.slice.start if site.slice else -1
 
     return sorted({site.key: site for site in sites}.values(), key=place)
 

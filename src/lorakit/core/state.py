@@ -22,6 +22,7 @@ from lorakit.errors import BadState, NoSuchAdapter, nearest
 
 if TYPE_CHECKING:
     from lorakit.core.method import Method
+    from lorakit.core.stack import Reading
 
 _ATTRIBUTE = "_lorakit"
 
@@ -42,7 +43,7 @@ class State:
     attached: dict[str, Attached] = field(default_factory=dict)
     routing: Routing | None = None
     required_grad: dict[str, bool] = field(default_factory=dict)  # the base's flags before the first attach
-    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # module path -> its weights, while merged
+    originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # what merging changed, and its own value
     merged: str = ""  # what is merged, in words
     attributes: dict[str, Any] = field(default_factory=dict)  # the model's own, where ours stand in for them
     repeats: int = 1  # how often `generate` repeats each row, while it runs
@@ -50,11 +51,16 @@ class State:
     recomputation: Recomputation = field(default_factory=Recomputation)
     context_ends_B: Tensor | None = None  # where the contexts of the present batch end, if a caller or labels told
     labels_told: bool = False
-    ends_B: Tensor | None = None  # where they ended in the last sequence that began
+    reading: Reading | None = None  # how the stack reads, where a method puts something into its sequence
+    within: Routing | None = None  # the routing with what was put in, while the stack runs
+
+    def original(self, parameter: nn.Parameter) -> Tensor:
+        """The base's value of a parameter, also while something is merged into it."""
+        return next((value for changed, value in self.originals if changed is parameter), parameter)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in nobody's block and awaits no backward."""
-        return self.__dict__ | {"owner": None, "recomputation": Recomputation()}
+        return self.__dict__ | {"owner": None, "recomputation": Recomputation(), "within": None}
 
 
 class Adapters(nn.Module):
@@ -196,7 +202,12 @@ def require_unmerged(state: State, verb: str) -> None:
         raise BadState(f"{verb} is not possible while {state.merged} is merged; call unmerge(model) first")
 
 
+def is_claimed(state: State) -> bool:
+    """Whether a `with use(...)` of another thread is open."""
+    return state.owner is not None and state.owner != threading.get_ident()
+
+
 def claim(state: State, *, recomputing: bool = False) -> None:
     """Refuse a second thread while a `with use(...)` of another is open (backward has threads of its own)."""
-    if state.owner is not None and not recomputing and state.owner != threading.get_ident():
+    if is_claimed(state) and not recomputing:
         raise BadState("another thread has this model in a `with use(...)` block; give each thread a model of its own")

@@ -94,10 +94,13 @@ def summary(model: nn.Module) -> Summary:
 def _adapter(model: nn.Module, name: str) -> AdapterSummary:
     record, deltas = attached_to(model, name), deltas_of(model, name)
     groups: dict[tuple[str, str, str], list[int]] = {}
+    seen: dict[int, nn.Parameter] = {}
     for delta in deltas:
         key = (delta.placement.role, _shape(model, delta.placement), _size(delta.placement))
-        groups.setdefault(key, []).append(sum(p.numel() for p in delta.parameters()))
-    own = list({id(p): p for delta in deltas for p in delta.parameters()}.values())
+        new = {id(p): p for p in delta.parameters() if id(p) not in seen}  # what several deltas hold counts once
+        groups.setdefault(key, []).append(sum(p.numel() for p in new.values()))
+        seen |= new
+    own = list(seen.values())
     whole = [p for delta in deltas if delta.placement.is_replaced for p in delta.parameters()]
     theirs = [delta for delta in deltas if not delta.placement.is_replaced]
     stored = [*record.method.to_peft(theirs)[1].values(), *whole]

@@ -1,7 +1,8 @@
 """A record for models of no known family, inferred from the names that their layers commonly have.
 
 Names alone do not tell where q, k and v lie in a fused layer, so a fused layer is `attn.qkv` or `mlp.gate_up` as a
-whole. A role may have several paths below a block (self- and cross-attention): all of them are found.
+whole. A role may have several paths below a block (self- and cross-attention): all of them are found. Stacked experts
+are told by the names of their parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lorakit.core.layouts import layout_of
+from lorakit.core.experts import Experts, experts_of
+from lorakit.core.layouts import EmbeddingLayout, Layout, layout_of
 from lorakit.core.sites import Family, modules_of
 
 # The last names of a path (one or two of them) that tell a layer's role: in an attention module, and elsewhere.
@@ -48,12 +50,13 @@ NORMS = {
 NORMS_IN_ATTENTION = {"norm.attn": ("LayerNorm",)}
 _BLOCK = re.compile(r"(?:.*?\.)?(\w+)\.\d+\.(.+)")
 Paths = dict[str, dict[str, None]]  # role -> its paths below a block, in order
+Matrix = Layout | Experts | None  # what is known of the weight at a path
 
 
 def infer(model: nn.Module) -> Family:
     """Find the numbered blocks, and below them the layers whose names are usual for a role."""
     stacks = _stacks(model)
-    roles = {container: _roles(container, modules) for container, modules in stacks.items()}
+    roles = {container: _roles(container, found) for container, found in stacks.items()}
     block = max(roles, key=lambda container: _modules_in(model, container, roles[container]), default="layers")
     ends = _ends(model)
     for container in roles.keys() - {block}:  # e.g. feed-forward layers apart from the attentions
@@ -62,13 +65,16 @@ def infer(model: nn.Module) -> Family:
     return Family((), f"{block}.*", _one_or_many(roles.get(block, {})), _one_or_many(ends))
 
 
-def _stacks(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """For each name under which there are numbered modules: the paths below them, each with one of its modules."""
-    stacks: dict[str, dict[str, nn.Module]] = {}
+def _stacks(model: nn.Module) -> dict[str, dict[str, Matrix]]:
+    """For each name under which there are numbered modules: the paths below them, each with what is known of one."""
+    stacks: dict[str, dict[str, Matrix]] = {}
     for path, module in modules_of(model):
         below = _BLOCK.fullmatch(path)
         if below:
-            stacks.setdefault(below.group(1), {}).setdefault(below.group(2), module)
+            found = stacks.setdefault(below.group(1), {})
+            found.setdefault(below.group(2), layout_of(module))
+            for name, experts in experts_of(module).items():
+                found.setdefault(f"{below.group(2)}.{name}", experts)
     return stacks
 
 
@@ -77,31 +83,31 @@ def _modules_in(model: nn.Module, container: str, roles: Paths) -> int:
     return sum(below.group(2) in _all(roles) for below in found if below and below.group(1) == container)
 
 
-def _roles(container: str, modules: Mapping[str, nn.Module]) -> Paths:
+def _roles(container: str, found: Mapping[str, Matrix]) -> Paths:
     roles: Paths = {}
-    for tail, module in modules.items():
-        role = _role(f"{container}.{tail}", module)
+    for tail, matrix in found.items():
+        role = _role(f"{container}.{tail}", matrix)
         if role:
             roles.setdefault(role, {})[tail] = None
-    _tell_gates_apart(roles, modules)
+    _tell_gates_apart(roles, found)
     if any("feedforward" in tail for tail in roles.get("norm.mlp", {})):  # then this one ends the attention
         after = [tail for tail in roles["norm.mlp"] if tail.endswith("post_attention_layernorm")]
         _move(roles, "norm.mlp", "norm.attn", after)
-    return {**roles, **_holders(roles)}
+    return {**roles, **_holders(roles, found)}
 
 
-def _role(path: str, module: nn.Module) -> str | None:
+def _role(path: str, matrix: Matrix) -> str | None:
     """The role that the last one or two names of a path tell.
 
-    >>> linear = nn.Linear(2, 2)
+    >>> linear = layout_of(nn.Linear(2, 2))
     >>> _role("h.attn.c_proj", linear), _role("h.mlp.c_proj", linear), _role("layers.mixer.out_proj", linear)
     ('attn.o', 'mlp.down', None)
     """
     parts = path.split(".")
-    layout, in_attention = layout_of(module), any("att" in name.lower() for name in parts[:-1])
-    if layout is None:
+    in_attention = any("att" in name.lower() for name in parts[:-1])
+    if matrix is None:
         tables = NORMS_IN_ATTENTION if in_attention else NORMS
-    elif layout.lookup:
+    elif isinstance(matrix, EmbeddingLayout):
         return None
     else:
         tables = IN_ATTENTION if in_attention else ELSEWHERE
@@ -109,18 +115,18 @@ def _role(path: str, module: nn.Module) -> str | None:
     return next((role for end in ends for role, names in tables.items() if end in names), None)
 
 
-def _tell_gates_apart(roles: Paths, modules: Mapping[str, nn.Module]) -> None:
+def _tell_gates_apart(roles: Paths, found: Mapping[str, Matrix]) -> None:
     """w1 and w2 without w3 have no gate; an `up` twice as wide as what goes down again is gate and up in one."""
     if not roles.get("mlp.up"):
         _move(roles, "mlp.gate", "mlp.up", list(roles.get("mlp.gate", {})))
-    inner = {layout.in_features for tail in roles.get("mlp.down", {}) if (layout := layout_of(modules[tail]))}
+    inner = {matrix.in_features for tail in roles.get("mlp.down", {}) if (matrix := found[tail])}
     if not roles.get("mlp.gate"):
-        ups = {tail: layout_of(modules[tail]) for tail in roles.get("mlp.up", {})}
-        wide = [tail for tail, layout in ups.items() if layout and layout.out_features in {2 * size for size in inner}]
+        ups = {tail: found[tail] for tail in roles.get("mlp.up", {})}
+        wide = [tail for tail, matrix in ups.items() if matrix and matrix.out_features in {2 * size for size in inner}]
         _move(roles, "mlp.up", "mlp.gate_up", wide)
 
 
-def _holders(roles: Paths) -> Paths:
+def _holders(roles: Paths, found: Mapping[str, Matrix]) -> Paths:
     """The modules that hold the attention's and the feed-forward layers, where they hold nothing else."""
     holders: Paths = {}
     for holder, last in (("attn", "attn.o"), ("mlp", "mlp.down")):
@@ -128,9 +134,20 @@ def _holders(roles: Paths) -> Paths:
         others = _all(roles).keys() - held.keys() - roles.get(f"norm.{holder}", {}).keys()
         for tail in roles.get(last, {}):
             path = max((_common(tail, other) for other in held if other != tail), key=len, default="")
+            if isinstance(found[tail], Experts) and path == tail.rpartition(".")[0]:  # without the router
+                path = path.rpartition(".")[0]
             if path and not any(other.startswith(f"{path}.") for other in others):
                 holders.setdefault(holder, {})[path] = None
-    return holders
+    return {holder: _outermost(paths) for holder, paths in holders.items()}
+
+
+def _outermost(paths: Iterable[str]) -> dict[str, None]:
+    """The paths that lie in no other of them.
+
+    >>> list(_outermost(["mlp.shared_expert", "mlp"]))
+    ['mlp']
+    """
+    return {path: None for path in paths if not any(path.startswith(f"{other}.") for other in paths)}
 
 
 def _move(roles: Paths, old: str, new: str, tails: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorakit.core import files
 from lorakit.core.atomic import new_folder
 from lorakit.core.attach import refuse_tied
-from lorakit.core.delta import Delta
+from lorakit.core.delta import Delta, stands_in
 from lorakit.core.fingerprint import same_values
 from lorakit.core.merge import folded
 from lorakit.core.plan import BIAS, MODULE
@@ -57,7 +57,7 @@ def merge_checkpoint(
     checkpoint = _Checkpoint(model, {key: entry for each in shards.values() for key, entry in each.items()})
     record, deltas = files.fitted(model, adapter, found, any_base=any_base, base=checkpoint.value, device="cpu")
     refuse_tied(model, record.method, record.plan)
-    job = _Job(checkpoint, [delta for _, delta in deltas], {} if any_base else saved.get("samples", {}))
+    job = _Job(model, checkpoint, [delta for _, delta in deltas], {} if any_base else saved.get("samples", {}))
     with new_folder(out) as folder:
         _copy_the_rest(base, folder)
         _write_config(folder, model)
@@ -116,40 +116,52 @@ class _Checkpoint:
                 told = tuple(self.own[name].shape)
                 raise BadModel(f"{name} has shape {entry.shape} in {entry.shard}, but the model needs {told}")
 
-    def value(self, name: str) -> Tensor | None:
+    def entry(self, name: str) -> Entry | None:
         """A tensor by its name, or by that of one that shares its memory; None where the checkpoint has none."""
-        entry = self.found.get(name) or self.shared.get(id(self.own.get(name)))
+        return self.found.get(name) or self.shared.get(id(self.own.get(name)))
+
+    def value(self, name: str) -> Tensor | None:
+        """The values of `entry`."""
+        entry = self.entry(name)
         return None if entry is None else entry.read()
 
 
 class _Job:
     """What is to be merged: the checkpoint, and the deltas by the paths of their modules."""
 
-    def __init__(self, checkpoint: _Checkpoint, deltas: list[Delta], saved: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, checkpoint: _Checkpoint, deltas: list[Delta], saved: dict[str, Any]) -> None:
         self.checkpoint, self.found, self.saved = checkpoint, checkpoint.found, saved
         self.deltas: dict[str, list[Delta]] = {}
         for delta in deltas:
             self.deltas.setdefault(delta.placement.path, []).append(delta)
-        self.fresh = dict(self._fresh())
+        self.hosts = _hosts(model, self.deltas)
+        self.tied = {id(checkpoint.own[name]): name for name in self.hosts}
+        self.fresh = dict(self._fresh(model))
 
     def changed(self, name: str) -> Tensor | None:
         """The merged value of a tensor, or None where the adapter leaves it alone."""
-        path, _, parameter = name.rpartition(".")
-        if path not in self.deltas:
+        same = self.tied.get(id(self.checkpoint.own.get(name)), name)
+        hosts = self.hosts.get(name) or self.hosts.get(same)
+        if not hosts:
             return None
-        values = {key.rpartition(".")[2]: entry.read() for key, entry in self.found.items() if _parent(key) == path}
-        self._verify(path, values)
-        new = folded(values, [(self.deltas[path], None)]).get(parameter)
-        if new is not None and not new.isfinite().all():
+        entries = ((key, entry) for key, entry in self.found.items() if _parent(key) == _parent(name))
+        values = {_tail(key): entry.read() for key, entry in entries}
+        self._verify(_parent(same), values)
+        for path, prefix in hosts:
+            merged = folded({f"{prefix}{tail}": value for tail, value in values.items()}, [(self.deltas[path], None)])
+            values |= {key.removeprefix(prefix): value for key, value in merged.items()}
+        new = values[_tail(name)]
+        if not new.isfinite().all():
             raise NotMergeable(f"merging gives {name} a value that is not finite")
         return new
 
     def _verify(self, path: str, values: Mapping[str, Tensor]) -> None:
-        sample = self.saved.get(path)
-        if sample is not None and not same_values(sample, values["weight"]):
-            raise BadAdapterFile("the adapter", [f"it was trained on another base: {path} has other values"])
+        for name, value in values.items():
+            sample = self.saved.get(path if name == "weight" else f"{path}.{name}")
+            if sample is not None and not same_values(sample, value):
+                raise BadAdapterFile("the adapter", [f"it was trained on another base: {path} has other values"])
 
-    def _fresh(self) -> Iterator[tuple[str, Tensor]]:
+    def _fresh(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Tensors that the adapter brings and the checkpoint lacks (a task's head)."""
         for path, deltas in self.deltas.items():
             self.checkpoint.check(path)
@@ -157,12 +169,45 @@ class _Job:
                 if delta.placement.kind == MODULE:
                     merged = {f"{path}.{key}": value for key, value in delta.merged({}).items()}
                     yield from ((name, value) for name, value in merged.items() if name not in self.found)
-                elif (needed := f"{path}.{'bias' if delta.placement.kind == BIAS else 'weight'}") not in self.found:
-                    raise BadModel(f"the base has no weights {needed}, which the adapter changes")
+                else:
+                    self._refuse_absent(f"{path}.{key}" for key in _needed(delta, model.get_submodule(path)))
+
+    def _refuse_absent(self, names: Iterable[str]) -> None:
+        absent = next((name for name in names if self.checkpoint.entry(name) is None), None)
+        if absent is not None:
+            raise BadModel(f"the base has no weights {absent}, which the adapter changes")
+
+
+def _needed(delta: Delta, module: nn.Module) -> list[str]:
+    """The parameters that a module must have for a delta to be merged into it.
+
+    Raises:
+        NotMergeable: the delta is not a change of weights.
+    """
+    if delta.placement.kind == BIAS:
+        return ["bias"]
+    kind = type(delta)
+    if kind.merged is Delta.merged and (kind.fold is Delta.fold or delta.layout is None):
+        raise delta.refusal()
+    return list(delta.weights(module)) if stands_in(delta) else ["weight"]
+
+
+def _hosts(model: nn.Module, deltas: Mapping[str, list[Delta]]) -> dict[str, list[tuple[str, str]]]:
+    """For each tensor that deltas change: the modules whose deltas do, outermost first, and the path to it in them."""
+    hosts: dict[str, list[tuple[str, str]]] = {}
+    for path in (path for path, _ in model.named_modules() if path in deltas):
+        module = model.get_submodule(path)
+        for key in dict.fromkeys(key for delta in deltas[path] for key in delta.weights(module)):
+            hosts.setdefault(f"{path}.{key}", []).append((path, key.removesuffix(_tail(key))))
+    return hosts
 
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _tail(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _copy_the_rest(base: Path, folder: Path) -> None:

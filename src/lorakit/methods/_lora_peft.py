@@ -2,33 +2,37 @@
 
 Ranks and scales are written without ambiguity: `r` and `lora_alpha` are the commonest values, and every other layer has
 a pattern of its own that is its escaped full path, so the order of patterns cannot matter.
+
+Stacked experts are PEFT's `target_parameters`: A is (E R, in), all rows of one expert together, B (out, R E), all experts
+of one rank together. PEFT wraps a module once for each of its parameters, the first innermost, and names the tensors by
+the wrapper, not the parameter. It knows no dropout there, and refuses a config that tells one.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.checked import misfits
+from lorakit.core.experts import WEIGHT, experts_of
 from lorakit.core.layouts import Conv1DLayout, Conv2dLayout, Layout
 from lorakit.core.plan import Placement
-from lorakit.core.sites import is_tail, modules_of
-from lorakit.errors import BadAdapterFile
+from lorakit.core.sites import modules_of, resolve
+from lorakit.errors import BadAdapterFile, NoSuchTarget
+from lorakit.methods import _peft as peft
 
-log = logging.getLogger("lorakit")
 A_NAMES, B_NAMES = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")
 READ = {
     "r": int,
     "lora_alpha": float | None,
     "target_modules": list[str] | str | None,
+    "target_parameters": list[str] | None,
     "rank_pattern": dict[str, int] | None,
     "alpha_pattern": dict[str, float] | None,
     "use_rslora": bool | None,
@@ -38,7 +42,6 @@ READ = {
 }
 UNREADABLE = {
     "lora_bias": "a bias on lora_B",
-    "target_parameters": "target_parameters",
     "layer_replication": "layer_replication",
     "trainable_token_indices": "trainable_token_indices",
     "use_qalora": "QA-LoRA",
@@ -49,7 +52,7 @@ UNREADABLE = {
 
 
 class Pair(Protocol):
-    """What this file needs to know of a low-rank delta: A (R, in), B (out, R) and where they act."""
+    """What this file needs to know of a low-rank delta: A (R, in), B (out, R), one or one an expert, and its place."""
 
     placement: Placement
     layout: Layout
@@ -75,46 +78,72 @@ def write(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, group in _by_path(deltas):
-        a_RI, b_OR = _block(group)
-        ranks[path] = a_RI.shape[0]
-        share = ranks[path] / _first(group).rank  # 2 where the update began with B0 A0
-        alphas[path] = _first(group).alpha * (math.sqrt(share) if rooted else share)
-        tensors |= _named(path, group[0].layout, a_RI, b_OR)
-    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
+    stacked: list[str] = []
+    for name, whole, group in _blocks(deltas):
+        a_RI, b_OR = _together(group)
+        ranks[whole] = a_RI.shape[-2]
+        share = ranks[whole] / _first(group).rank  # 2 where the update began with B0 A0
+        alphas[whole] = _first(group).alpha * (math.sqrt(share) if rooted else share)
+        tensors |= _named(name, group[0].layout, a_RI, b_OR)
+        stacked += [whole] if a_RI.dim() > 2 else []
+    rank, alpha = peft.commonest(ranks.values(), 8), peft.commonest(alphas.values(), 16.0)
     config = {
         "r": rank,
-        "lora_alpha": _plain(alpha),
-        "target_modules": list(ranks),
+        "lora_alpha": peft.plain(alpha),
+        "target_modules": [path for path in ranks if path not in stacked],
+        "target_parameters": stacked or None,
         "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(path): _plain(a) for path, a in alphas.items() if a != alpha},
+        "alpha_pattern": {re.escape(path): peft.plain(a) for path, a in alphas.items() if a != alpha},
         "fan_in_fan_out": any(isinstance(delta.layout, Conv1DLayout) for delta in deltas),
         "init_lora_weights": True,
         "use_dora": False,
     }
-    return config | dict(extra), tensors
+    return config | dict(extra) | ({"lora_dropout": 0.0} if stacked else {}), tensors
 
 
-def _by_path(deltas: Sequence[Pair]) -> Iterator[tuple[str, list[Pair]]]:
+class _Block(NamedTuple):
+    """What a file holds of one layer, or of one parameter of stacked experts."""
+
+    name: str  # in the file
+    whole: str  # the path of the layer, or of the parameter
+    deltas: list[Pair]  # one, or one a slice
+
+
+def _blocks(deltas: Sequence[Pair]) -> Iterator[_Block]:
     ordered = sorted(deltas, key=lambda delta: delta.placement.path)  # stable: slices keep the plan's order
     for path, group in groupby(ordered, key=lambda delta: delta.placement.path):
-        yield path, list(group)
+        found: dict[str, list[Pair]] = {}
+        for delta in group:
+            found.setdefault(delta.placement.parameter, []).append(delta)
+        for name, (parameter, own) in zip(_wrappers(path, len(found)), found.items(), strict=True):
+            yield _Block(name, path if parameter == WEIGHT else f"{path}.{parameter}", own)
 
 
-def _block(group: list[Pair]) -> tuple[Tensor, Tensor]:
+def _wrappers(path: str, count: int) -> list[str]:
+    """PEFT's names of the wrappers around a module, the innermost first.
+
+    >>> _wrappers("experts", 2)
+    ['experts.base_layer', 'experts']
+    """
+    return [path + ".base_layer" * (count - 1 - number) for number in range(count)]
+
+
+def _together(group: list[Pair]) -> tuple[Tensor, Tensor]:
     """One A and B for all slices of a layer: A stacked, B block by block, scales brought to one."""
     pairs = [tuple(factor.detach() for factor in delta.pair()) for delta in group]
-    if len(group) == 1 and group[0].placement.slice is None:
+    first = group[0].placement.slice
+    if len(group) == 1 and first is None:
         return pairs[0][0], pairs[0][1]
-    rank = sum(len(a_RI) for a_RI, _ in pairs)
-    b_OR, at = pairs[0][1].new_zeros(group[0].layout.out_features, rank), 0
-    for delta, (a_RI, own) in zip(group, pairs, strict=True):
-        end = at + len(a_RI)
-        columns, ratio, part = b_OR[:, at:end], _ratio(delta, group), delta.placement.slice
+    a_RI, b_OR = torch.cat([a_RI for a_RI, _ in pairs], -2), pairs[0][1]
+    width = b_OR.shape[-2] if first is None else first.stride * first.count
+    b_OR, at = b_OR.new_zeros(*b_OR.shape[:-2], width, a_RI.shape[-2]), 0
+    for delta, (_, own) in zip(group, pairs, strict=True):
+        end = at + own.shape[-1]
+        columns, ratio, part = b_OR[..., at:end], _ratio(delta, group), delta.placement.slice
         new = own * ratio if ratio != 1.0 else own
-        b_OR[:, at:end] = new if part is None else part.put(columns, new, 0)
+        b_OR[..., at:end] = new if part is None else part.put(columns, new, -2)
         at = end
-    return torch.cat([a_RI for a_RI, _ in pairs]), b_OR
+    return a_RI, b_OR
 
 
 def _first(group: Sequence[Pair]) -> Placement:
@@ -129,6 +158,8 @@ def _ratio(delta: Pair, group: Sequence[Pair]) -> float:
 
 
 def _named(path: str, layout: Layout, a_RI: Tensor, b_OR: Tensor) -> dict[str, Tensor]:
+    if a_RI.dim() > 2:
+        return {f"{path}.lora_A.weight": a_RI.flatten(0, 1), f"{path}.lora_B.weight": b_OR.permute(1, 2, 0).flatten(1)}
     if layout.lookup:
         return {f"{path}.lora_embedding_A": a_RI, f"{path}.lora_embedding_B": b_OR}
     if isinstance(layout, Conv2dLayout):
@@ -136,21 +167,13 @@ def _named(path: str, layout: Layout, a_RI: Tensor, b_OR: Tensor) -> dict[str, T
     return {f"{path}.lora_A.weight": a_RI, f"{path}.lora_B.weight": b_OR}
 
 
-def _commonest(values: Any, default: Any) -> Any:
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else default
-
-
-def _plain(number: float) -> float | int:
-    return int(number) if float(number).is_integer() else number
-
-
 def read(deltas: Sequence[Pair], tensors: dict[str, Tensor]) -> list[str]:
     """Copy A and B into the deltas, splitting blocks into slices; used tensors leave `tensors`; faults come back."""
     faults: list[str] = []
-    for path, group in _by_path(deltas):
-        _make_room(group, tensors)
-        want = _named(path, group[0].layout, *_block(group))
+    for block in _blocks(deltas):
+        _make_room(block, tensors)
+        a_RI, b_OR = _together(block.deltas)
+        want = _named(block.name, block.deltas[0].layout, a_RI, b_OR)
         found = {name: tensors.pop(name, None) for name in want}
         for name, tensor in found.items():
             if tensor is None:
@@ -158,18 +181,24 @@ def read(deltas: Sequence[Pair], tensors: dict[str, Tensor]) -> list[str]:
             elif tensor.shape != want[name].shape:
                 faults.append(f"{name} has shape {tuple(tensor.shape)}, the model needs {tuple(want[name].shape)}")
         if not faults:
-            a_RI, b_OR = (tensor.flatten(1) for tensor in found.values() if tensor is not None)
-            _copy(group, a_RI, b_OR)
+            a_RI, b_OR = _as_ours(a_RI.shape, *(tensor for tensor in found.values() if tensor is not None))
+            _copy(block.deltas, a_RI, b_OR)
     return faults
 
 
-def _make_room(group: list[Pair], tensors: Mapping[str, Tensor]) -> None:
+def _as_ours(shape: Sequence[int], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A file's tensors as matrices, or as matrices (E, R, in) and (E, out, R) of experts if A has such a shape."""
+    if len(shape) == 2:
+        return a.flatten(1), b.flatten(1)
+    return a.unflatten(0, tuple(shape[:-1])), b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
+
+
+def _make_room(block: _Block, tensors: Mapping[str, Tensor]) -> None:
     """A file with twice the rank holds [A; A0] and [B, -B0]: make room for what the update began with."""
-    path = group[0].placement.path
-    stored = next((tensors[path + end] for end in A_NAMES if path + end in tensors), None)
-    rank = sum(delta.placement.rank for delta in group)
-    if stored is not None and stored.dim() and len(stored) == 2 * rank:
-        for delta in group:
+    stored = next((tensors[block.name + end] for end in A_NAMES if block.name + end in tensors), None)
+    rows = sum(math.prod(delta.A.shape[:-1]) for delta in block.deltas)
+    if stored is not None and stored.dim() and len(stored) == 2 * rows:
+        for delta in block.deltas:
             delta.keep_start(delta.A, delta.B)
 
 
@@ -178,14 +207,14 @@ def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
     at = 0
     for delta in group:
         (mine, _), rank = delta.pair(), delta.placement.rank
-        rows, ratio = slice(at, at + len(mine)), _ratio(delta, group)
-        part, block, read_a = delta.placement.slice, b_OR[:, rows], a_RI[rows]
-        own = block if part is None else part.take(block, 0)
+        rows, ratio = slice(at, at + mine.shape[-2]), _ratio(delta, group)
+        part, block, read_a = delta.placement.slice, b_OR[..., rows], a_RI[..., rows, :]
+        own = block if part is None else part.take(block, -2)
         own = own / ratio if ratio not in (0.0, 1.0) else own
-        delta.A.copy_(read_a[:rank])
-        delta.B.copy_(own[:, :rank])
-        if len(mine) > rank:
-            delta.keep_start(read_a[rank:], -own[:, rank:])
+        delta.A.copy_(read_a[..., :rank, :])
+        delta.B.copy_(own[..., :rank])
+        if mine.shape[-2] > rank:
+            delta.keep_start(read_a[..., rank:, :], -own[..., rank:])
         at = rows.stop
 
 
@@ -193,70 +222,51 @@ def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.M
     """LoRA's fields from a PEFT config and the tensors beside it."""
     used = [words for key, words in UNREADABLE.items() if config.get(key)]
     faults = [f"it uses {words}, which lorakit's LoRA cannot read" for words in used]
-    faults += misfits(config, READ, "its adapter_config.json") or _pattern_faults(config)
+    faults += misfits(config, READ, "its adapter_config.json") or peft.pattern_faults(config)
+    stacked = {} if faults else _stacked(config.get("target_parameters") or (), model)
     rows = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
-    ranks = {name[: -len(end)]: rank for name, rank in rows.items() for end in A_NAMES if name.endswith(end)}
+    found = {name[: -len(end)]: count for name, count in rows.items() for end in A_NAMES if name.endswith(end)}
+    ranks = {}
+    for name, count in found.items():
+        whole, experts = stacked.get(name, (name, 1))
+        ranks[whole] = count // experts
+        faults += [f"{name} has {count} rows for {experts} experts"] if count % experts else []
     if not ranks:
         faults.append("it has no LoRA tensors")
-    alphas = {} if faults else {path: _alpha(config, path, rank, faults) for path, rank in ranks.items()}
+    alphas = {} if faults else {path: peft.alpha_of(config, path, rank, faults) for path, rank in ranks.items()}
     if faults:
         raise BadAdapterFile("the PEFT adapter", faults)
-    rank, alpha = _commonest(ranks.values(), 8), _commonest(alphas.values(), 16.0)
+    rank, alpha = peft.commonest(ranks.values(), 8), peft.commonest(alphas.values(), 16.0)
     return {
         "rank": rank,
         "alpha": float(alpha),
-        "targets": _targets(config.get("target_modules"), set(ranks), model),
+        "targets": _targets(config, set(ranks), {whole for whole, _ in stacked.values()}, model),
         "ranks": {path: r for path, r in ranks.items() if r != rank},
         "alphas": {path: float(a) for path, a in alphas.items() if a != alpha},
         "scaling": "alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
         "dropout": float(config.get("lora_dropout") or 0.0),
         "bias": config.get("bias") or "none",
-        "train": tuple(m for m in config.get("modules_to_save") or () if _is_saved(m, tensors)),
+        "train": peft.trained(config, tensors),
     }
 
 
-def _pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    for key in [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
-        try:
-            re.compile(key)
-        except (re.error, RecursionError, OverflowError) as error:
-            yield f"its pattern {key!r} cannot be read ({error})"
+def _stacked(told: Sequence[str], model: nn.Module) -> dict[str, tuple[str, int]]:
+    """PEFT's names of the wrappers around experts, each with its parameter's path and the number of experts."""
+    found: dict[str, tuple[str, int]] = {}
+    for path, module in modules_of(model):
+        own = {f"{path}.{name}": experts.count for name, experts in experts_of(module).items()}
+        meant = [(whole, count) for whole, count in own.items() if any(f".{whole}".endswith(f".{t}") for t in told)]
+        found |= dict(zip(_wrappers(path, len(meant)), meant, strict=True))
+    return found
 
 
-def _alpha(config: Mapping[str, Any], path: str, rank: int, faults: list[str]) -> float:
-    """The alpha of one layer: PEFT takes the first matching pattern, after sorting them on save.
-
-    The sorting loses the author's order, so the rank that a pattern gives is checked against the tensor: where the
-    first match is wrong, the matching pattern of the right rank is the author's, for alpha too.
-    """
-    rank_patterns, alpha_patterns = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    matched = [key for key in rank_patterns if _matches(key, path)]
-    default = float(8 if config.get("lora_alpha") is None else config["lora_alpha"])  # 8 is PEFT's own default
-    first = next((float(a) for key, a in alpha_patterns.items() if _matches(key, path)), default)
-    expected = rank_patterns[matched[0]] if matched else config.get("r", rank)
-    if expected == rank:
-        return first
-    fitting = [key for key in matched if rank_patterns[key] == rank]
-    if not fitting:
-        faults.append(f"{path} has rank {rank}, but the config says {expected}")
-        return first
-    log.warning("rank_pattern of %s was reordered by PEFT; rank %d of its tensors decides", path, rank)
-    return float(alpha_patterns.get(fitting[0], first))
-
-
-def _matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def _is_saved(module: str, tensors: Mapping[str, Tensor]) -> bool:
-    return any(is_tail(name, f"{module}.weight") or f".{module}." in f".{name}" for name in tensors)
-
-
-def _targets(given: Any, paths: set[str], model: nn.Module) -> tuple[str, ...]:
-    """The config's own short target names where they mean exactly the layers in the file, otherwise full paths."""
-    if isinstance(given, list):
-        tails = tuple(f".{target}" for target in given)
-        meant = {path for path, _ in modules_of(model) if f".{path}".endswith(tails)}
-        if meant == paths:
-            return tuple(sorted(given))
-    return tuple(sorted(paths))
+def _targets(config: Mapping[str, Any], found: set[str], stacked: set[str], model: nn.Module) -> tuple[str, ...]:
+    """The config's own short names where they mean exactly what is in the file, otherwise full paths."""
+    short = peft.targets(config.get("target_modules"), found - stacked, model)
+    targets = (*short, *sorted(config.get("target_parameters") or ()))
+    try:
+        sites = resolve(model, targets)
+    except NoSuchTarget:
+        return tuple(sorted(found))
+    meant = {site.path if site.parameter == WEIGHT else f"{site.path}.{site.parameter}" for site in sites}
+    return targets if meant == found else tuple(sorted(found))

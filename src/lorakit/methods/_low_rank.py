@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.initialise import initialisation
+from lorakit.core.experts import WEIGHT, shape_of
+from lorakit.core.initialise import Initialisation, initialisation
 from lorakit.core.layouts import Layout, layout_of
 from lorakit.core.method import Tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.replace import BiasMode, bias_placements
 from lorakit.core.sites import GROUPS, Site, matching, weight_at
+from lorakit.core.statistics import SiteStatistics
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 from lorakit.methods import _lora_peft as peft_format
 from lorakit.methods._targeted import Rules, Targeted, finite, whole
@@ -61,6 +63,15 @@ class LowRankMethod(Targeted):
         """What the initialisation needs."""
         return initialisation(self.init).needs
 
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The targets' sites; calibration gathers nothing of stacked experts."""
+        sites = super().sites(model)
+        stacked = next((site for site in sites if site.experts), None)
+        if stacked is not None and self.needs():
+            raise BadMethod(f"{self.init!r} starts from statistics, which stacked experts ({stacked.path}."
+                            f"{stacked.parameter}) have none of; take init='kaiming' or leave them out")  # fmt: skip
+        return sites
+
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
         """One low-rank placement a site, then biases."""
         sites = self.sites(model)
@@ -89,19 +100,19 @@ class LowRankMethod(Targeted):
 
     def _placement(self, site: Site, rank: int, alpha: float) -> Placement:
         scale = alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
-        return Placement(site.path, site.role, LOW_RANK, site.slice, rank, alpha, scale, self.init)
+        place = site.path, site.role, LOW_RANK, site.slice
+        return Placement(*place, rank, alpha, scale, self.init, parameter=site.parameter)
 
     def check(self, plan: Plan, model: nn.Module) -> None:
         """Refuse a rank above the matrix it adapts: it would add numbers but no freedom."""
         for placement in plan:
-            layout = layout_of(model.get_submodule(placement.path))
-            if placement.kind == LOW_RANK and layout is not None:
-                out = placement.slice.width if placement.slice else layout.out_features
-                if placement.rank > min(layout.in_features, out):
-                    raise BadMethod(
-                        f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {layout.in_features});"
-                        f" the largest rank there is {min(layout.in_features, out)}"
-                    )
+            shape = shape_of(model.get_submodule(placement.path), placement.parameter)
+            if placement.kind == LOW_RANK and shape is not None:
+                *_, out, inner = shape
+                out = placement.slice.width if placement.slice else out
+                if placement.rank > min(inner, out):
+                    raise BadMethod(f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {inner}); "
+                                    f"the largest rank there is {min(inner, out)}")  # fmt: skip
 
     def start(self, deltas: Sequence[Delta], model: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
         """A fresh adapter is the base: B is zero, or B0 A0 is taken off again."""
@@ -127,15 +138,16 @@ class LowRankMethod(Targeted):
 
 def _per_site(model: nn.Module, sites: list[Site], given: Mapping[str, Any]) -> list[Any]:
     """The value that each site is given by the most specific matching key (glob, then role, then group), or None."""
-    values: dict[tuple[str, Any], Any] = {}
+    values: dict[Any, Any] = {}
     for key in sorted(given, key=lambda key: _specificity(key, sites)):
         matched = matching(sites, key, model)
-        hit = [site for site in sites if site in matched or site.path in {m.path for m in matched if m.slice is None}]
+        whole_ones = {(site.path, site.parameter) for site in matched if site.slice is None}
+        hit = [site for site in sites if site in matched or (site.path, site.parameter) in whole_ones]
         if not hit:
             roles = {site.role for site in sites} | set(GROUPS)
             raise NoSuchTarget(f"{key!r} is given a rank or alpha but is not among the targets; {nearest(key, roles)}")
-        values |= {(site.path, site.slice): given[key] for site in hit}
-    return [values.get((site.path, site.slice)) for site in sites]
+        values |= {site.key: given[key] for site in hit}
+    return [values.get(site.key) for site in sites]
 
 
 def _specificity(key: str, sites: Iterable[Site]) -> int:
@@ -145,22 +157,27 @@ def _specificity(key: str, sites: Iterable[Site]) -> int:
 
 
 class Factors(Delta):
-    """A (R, in) and B (out, R) of one site; s (B A - B0 A0) is its update, B0 A0 what an initialisation began with."""
+    """A (R, in) and B (out, R) of one site; s (B A - B0 A0) is its update, B0 A0 what an initialisation began with.
 
-    outer = ("B",)
+    Of stacked experts there is an A and a B each, along a first dimension.
+    """
+
+    outer: ClassVar[tuple[str, ...]] = ("B",)
+    stacked: ClassVar[bool] = False  # whether it adapts stacked experts, rather than a layer
     layout: Layout
 
     def __init__(self, placement: Placement, module: nn.Module, dropout: float = 0.0) -> None:
-        layout = layout_of(module)
-        if layout is None:
+        shape = shape_of(module, placement.parameter)
+        if shape is None or self.stacked != (placement.parameter != WEIGHT):
             raise BadMethod(f"{placement.path} is a {type(module).__name__}, which lorakit cannot adapt")
-        super().__init__(placement, layout)
+        super().__init__(placement, layout_of(module))
         if placement.rank < 1:  # a file may tell anything
             raise BadMethod(f"{placement.path} has the rank {placement.rank}; a low-rank update needs at least 1")
         initialisation(placement.init)
-        out = placement.slice.width if placement.slice else layout.out_features
-        self.A = nn.Parameter(torch.zeros(placement.rank, layout.in_features))
-        self.B = nn.Parameter(torch.zeros(out, placement.rank))
+        *experts, out, inner = shape
+        out = placement.slice.width if placement.slice else out
+        self.A = nn.Parameter(torch.zeros(*experts, placement.rank, inner))
+        self.B = nn.Parameter(torch.zeros(*experts, out, placement.rank))
         self.A0: Tensor | None
         self.B0: Tensor | None
         self.register_buffer("A0", None)
@@ -171,19 +188,27 @@ class Factors(Delta):
     def start(self, module: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
         """Take the first values from the initialisation that the placement names."""
         init, place = initialisation(self.placement.init), self.placement
-        if self.layout.lookup and not init.random:
+        lookup = not self.stacked and self.layout.lookup
+        if lookup and not init.random:
             raise BadMethod(f"{place.path} is an embedding, which {init.name} cannot start; take kaiming or gaussian")
-        if self.layout.lookup:  # an embedding's input selects columns of A, so A is the zero half (loralib, PEFT)
+        if lookup:  # an embedding's input selects columns of A, so A is the zero half (loralib, PEFT)
             self.B.copy_(torch.randn(self.B.shape))
             return
         found = None if statistics is None else statistics.get((place.path, place.slice))
-        a_RI, b_OR = init.factors(weight_at(module, place.slice), place.rank, found, place.path)
+        a_RI, b_OR = self.first(init, module, found)
         if init.splits and self.scale > 0:  # B A is the update itself
             a_RI, b_OR = a_RI / math.sqrt(self.scale), b_OR / math.sqrt(self.scale)
         self.A.copy_(a_RI)
         self.B.copy_(b_OR)
         if not b_OR.is_meta and bool(b_OR.any()):
             self.keep_start(a_RI, b_OR)
+
+    def first(
+        self, init: Initialisation, module: nn.Module, statistics: SiteStatistics | None
+    ) -> tuple[Tensor, Tensor]:
+        """The initialisation's A and B."""
+        place = self.placement
+        return init.factors(weight_at(module, place.slice), place.rank, statistics, place.path)
 
     def keep_start(self, a_RI: Tensor, b_OR: Tensor) -> None:
         """Take B0 A0 off the update from now on."""
@@ -193,13 +218,13 @@ class Factors(Delta):
         """A and B such that s B A is the whole update: [A; A0] and [B, -B0] where there is a start to take off."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
+        return torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1)
 
     def difference(self) -> tuple[Tensor, Tensor]:
         """The same update as [A; A - A0] and [B - B0, B0]: nothing cancels, and at the start it is exactly zero."""
         if self.A0 is None or self.B0 is None:
             return self.A, self.B
-        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
+        return torch.cat([self.A, self.A - self.A0], -2), torch.cat([self.B - self.B0, self.B0], -1)
 
     def branch(self, x: Tensor, y: Tensor) -> Tensor:
         """s (B A - B0 A0) dropout(x) in y's dtype; A and B are cast to it, x never is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -19,6 +20,8 @@ _LAYERS = "Linear, Conv1D, Embedding or ungrouped Conv2d"
 @dataclass(frozen=True, kw_only=True)
 class Targeted(Method):
     """A method that acts on layers with a weight matrix, chosen by targets."""
+
+    adapts_experts: ClassVar[bool] = False  # stacked ones, which no layer's call computes
 
     targets: tuple[str, ...] | str = ("attn.q", "attn.v")  # roles, groups, globs; commas separate them in a text
 
@@ -35,14 +38,18 @@ class Targeted(Method):
 
         Raises:
             NoSuchTarget: a target that matches nothing.
-            BadMethod: a target that matches only modules without a matrix.
+            BadMethod: a target that matches only modules without a matrix, or stacked experts if it cannot adapt them.
         """
         sites = resolve(model, self.targets)
         for target in self.targets:
-            if not any(site.layout for site in matching(sites, target, model)):
+            if not any(site.has_matrix for site in matching(sites, target, model)):
                 kinds = {type(model.get_submodule(s.path)).__name__ for s in matching(sites, target, model)}
                 raise BadMethod(f"{self.name} needs {_LAYERS} layers, but {target!r} names {', '.join(sorted(kinds))}")
-        return [site for site in sites if site.layout is not None]
+        stacked = next((site for site in sites if site.experts), None)
+        if stacked is not None and not self.adapts_experts:
+            raise BadMethod(f"{self.name} cannot adapt the stacked experts {stacked.path}.{stacked.parameter}, which no "
+                            "layer's call computes; take targets without them, such as 'attention'")  # fmt: skip
+        return [site for site in sites if site.has_matrix]
 
 
 def refuse(method: Method, rules: Rules) -> None:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.core.experts import WEIGHT
 from lorakit.core.layouts import LinearLayout
 from lorakit.core.plan import Placement
 from lorakit.methods import _lora_peft as peft_format
+from lorakit.methods._experts import LowRankExperts
 from lorakit.methods._low_rank import Factors, LowRankMethod
 
 
@@ -37,15 +39,17 @@ class LoRA(LowRankMethod):
 
     name: ClassVar[str] = "lora"
     peft_type: ClassVar[str] = "LORA"
+    adapts_experts: ClassVar[bool] = True
 
     @classmethod
     def is_in_peft(cls, config: object) -> bool:
         """PEFT's LORA without DoRA's magnitudes."""
         return peft_format.is_lora(config, dora=False)
 
-    def build(self, placement: Placement, module: nn.Module, shared: nn.Module | None) -> LowRank:
+    def build(self, placement: Placement, module: nn.Module, shared: nn.Module | None) -> Factors:
         """Room for A and B."""
-        return LowRank(placement, module, self.dropout)
+        kind = LowRank if placement.parameter == WEIGHT else LowRankExperts
+        return kind(placement, module, self.dropout)
 
 
 class LowRank(Factors):

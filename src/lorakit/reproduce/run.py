@@ -17,8 +17,8 @@ from lorakit import models
 from lorakit.core.atomic import write_files
 from lorakit.core.files import TENSORS
 from lorakit.core.method import Method
-from lorakit.data import Data, Dataset, collate, encode, encode_texts, open_data, order
 from lorakit.core.statistics import Statistics
+from lorakit.data import Data, Dataset, collate, encode, encode_texts, open_data, order
 from lorakit.errors import BadMethod
 from lorakit.methods import DEFAULT
 from lorakit.reproduce.calibration import gathered

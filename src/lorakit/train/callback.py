@@ -38,7 +38,7 @@ class FollowMethod(TrainerCallback):
     ) -> None:
         added = penalty(kwargs["model"], self.name)
         if added is not None:
-            added.backward()  # type: ignore[no-untyped-call]
+            added.backward()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,275 @@
+"""Methods that act together are as if each acted in its turn; one folder holds them all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorakit as lk
+from lorakit.core.files import TENSORS, safe_open
+from lorakit.core.method import Method, method_called
+from lorakit.core.state import adapter_tensors, attached_to, deltas_of
+from lorakit.errors import BadAdapterFile, BadRouting, LorakitError, NotMergeable
+from lorakit.interop import merge_checkpoint
+from lorakit.methods.combine import Combine, combine
+from tests.laws.cases import bits, close, output, same_bits, scramble
+from tests.tiny import tiny
+
+LINEAR = {"name": "lora", "rank": 2, "targets": "attention,mlp"}
+WHOLE = {"name": "ia3", "targets": "attn.k,attn.v,attn.o", "inputs": "mlp.down"}
+PAIRS: dict[str, tuple[Any, ...]] = {  # all of these can be merged
+    "two ranks": ({"name": "lora", "targets": "attn.q"}, {"name": "lora", "targets": "attn.q,mlp.up", "rank": 2}),
+    "scaled after": (LINEAR, WHOLE),
+    "scaled before": (WHOLE, LINEAR),
+    "biases": (LINEAR, "bitfit"),
+    "biases, then scaled": ("bitfit", WHOLE),
+    "scaled, then biases": (WHOLE, "bitfit"),
+    "lengths": (LINEAR, {"name": "dora", "targets": "attn.v,mlp.up"}),
+    "lengths, scaled, biases": ({"name": "dora", "targets": "attn.v,mlp.down"}, WHOLE, "bitfit"),
+    "weights": ("full", LINEAR),
+    "weights last": (LINEAR, WHOLE, {"name": "full", "top": 1}),
+}
+every_pair = pytest.mark.parametrize("parts", PAIRS.values(), ids=PAIRS)
+
+
+def _adapted(parts: tuple[Any, ...], family: str = "bert", dtype: torch.dtype = torch.float32, **size: object):
+    model = tiny(family, dtype, **size)
+    lk.attach(model, combine(*parts), name="a")
+    return model
+
+
+@every_pair
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_merged_equals_attached_and_is_the_same_on_disk(family: str, parts: tuple[Any, ...], tmp_path: Path) -> None:
+    model = _adapted(parts, family)
+    before = bits(model)
+    scramble(model, "a")
+    attached = output(model)
+    lk.save(model, "a", tmp_path / "a")
+    lk.merge(model, "a")
+    assert close(output(model), attached)
+    tiny(family).save_pretrained(tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert close(output(type(model).from_pretrained(tmp_path / "out").eval()), attached)
+    lk.unmerge(model)
+    assert same_bits({k: v for k, v in bits(model).items() if ".adapters." not in k},
+                     {k: v for k, v in before.items() if ".adapters." not in k})  # fmt: skip
+
+
+@every_pair
+def test_every_part_acts(parts: tuple[Any, ...]) -> None:
+    model = _adapted(parts)
+    outputs = [output(model)]
+    for number in range(1, len(parts) + 1):
+        with torch.no_grad():
+            for delta in deltas_of(model, "a"):
+                for value in delta.parameters() if delta.placement.part == number else ():
+                    value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+        outputs.append(output(model))
+    assert all(not close(one, other) for one, other in zip(outputs, outputs[1:], strict=False))
+
+
+def test_parts_act_in_their_order() -> None:
+    """h = l (W + B A) x, by hand, and for the other order h = (l W + B A) x."""
+    path = "encoder.layer.0.output.dense"
+    vector = {"name": "ia3", "targets": path, "inputs": ()}
+    x, found = torch.randn(3, 48, generator=torch.Generator().manual_seed(0)), []
+    for parts in (({**LINEAR, "targets": path}, vector), (vector, {**LINEAR, "targets": path})):
+        model = _adapted(parts)
+        scramble(model, "a", std=0.3)
+        tensors = {key.rpartition(".")[2]: value for key, value in adapter_tensors(model, "a").items()}
+        layer, scale = model.get_submodule(path), 16 / 2
+        w, b, low, l = layer.weight, layer.bias, scale * x @ tensors["A"].T @ tensors["B"].T, tensors["vector"]
+        base = x @ w.T + b
+        found.append((layer(x), l * (base + low) if parts[1] is vector else l * base + low))
+    assert all(close(ours, by_hand) for ours, by_hand in found)
+    assert not close(found[0][0], found[1][0], 0.01)
+
+
+@every_pair
+def test_one_folder_holds_all_parts(parts: tuple[Any, ...], tmp_path: Path) -> None:
+    model = _adapted(parts, "gpt2")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "one")
+    other = tiny("gpt2")
+    lk.load(other, tmp_path / "one", "a")
+    with torch.no_grad():
+        assert torch.equal(output(other), output(model))
+    assert attached_to(other, "a").method == attached_to(model, "a").method
+    lk.save(other, "a", tmp_path / "two")
+    for name in (TENSORS, "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_parts_are_methods_names_or_tables() -> None:
+    lora = lk.LoRA(rank=4)
+    ways = (
+        combine(lora, "bitfit"),
+        combine({"name": "lora", "rank": 4}, {"name": "bitfit"}),
+        Method.from_json({"name": "combine", "parts": [lora.to_json(), {"name": "bitfit"}]}),
+        combine(combine(lora, "bitfit")),  # a combination's parts are parts
+    )
+    assert all(way == ways[0] for way in ways)
+    assert Method.from_json(json.loads(json.dumps(ways[0].to_json()))) == ways[0]
+    assert Combine(parts="lora, bitfit") == combine(lk.LoRA(), method_called("bitfit")())
+    assert Combine() == combine("lora", "prefix-embedding")  # the pair of the paper
+    assert Method.from_json({"name": "lora-prefix-layer"}) == combine("lora", "prefix-layer")
+
+
+def test_heads_of_all_parts_are_trained_once() -> None:
+    model = tiny("bert", labels=3)
+    method = combine(lk.LoRA(train="classifier"), "bitfit", train="pooler")
+    lk.attach(model, method, name="a")
+    plan = attached_to(model, "a").plan
+    assert [p.path for p in plan if p.kind == "module"] == ["bert.pooler.dense", "classifier"]
+    assert len({(p.path, p.slot) for p in plan}) == len(plan)
+    lk.attach(model, combine(lk.LoRA(), "full", train="classifier"), name="b")  # which leaves the head to itself
+    assert [p.kind for p in attached_to(model, "b").plan if p.path == "classifier"] == ["module"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ((), "two methods or more"),
+        (("lora",), "two methods or more"),
+        (("lora", "lroa"), "did you mean lora"),
+        (("lora", 3), "not 3"),
+        (("lora", {"name": "lora", "rank": 0}), "rank=0"),
+        (("lora", {"rank": 2}), "nothing called ''"),
+        (({"name": "prefix-embedding", "prefix": 4}, {"name": "prefix-layer", "prefix": 8}), "different numbers"),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(parts: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(LorakitError, match=words):
+        combine(*parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (("bitfit", lk.LoRA(bias="all")), "bitfit and lora both train the bias of"),
+        (("dora", {"name": "dora", "targets": "attn.v"}), "dora and dora both read the base's weight of"),
+        (("lora", lk.LoRA(targets="attn.quarry")), "attn.quarry"),
+        (("bitfit", lk.LoRA(rank=33)), "largest rank"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(parts: tuple[Any, ...], words: str) -> None:
+    model = tiny("bert")
+    with pytest.raises(LorakitError, match=words):
+        lk.attach(model, combine(*parts))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_a_part_cannot_do_the_whole_cannot() -> None:
+    model = _adapted(("lora", "prefix-embedding"), "gpt2")
+    lk.attach(model, lk.LoRA(), name="b")
+    lk.use(model, "a")
+    with pytest.raises(NotMergeable, match="makes the sequence longer"):
+        lk.merge(model, "a")
+    with pytest.raises(BadRouting, match="makes the sequence longer"):
+        lk.use(model, ["a", "b"])
+    with pytest.raises(BadRouting, match="mixture"):
+        lk.use(model, {"a": 0.5, "b": 0.5})
+    assert attached_to(model, "a").method.inserts == method_called("prefix-embedding")().inserts
+
+
+def test_lora_and_prefix_act_as_if_one_after_the_other() -> None:
+    """The pair with one part at its start is the other part alone."""
+    model, alone = _adapted(("lora", "prefix-embedding"), "gpt2"), tiny("gpt2")
+    lk.attach(alone, method_called("prefix-embedding")(), name="p")
+    for name in ("p",):
+        scramble(alone, name)
+    (words,) = [delta for delta in deltas_of(model, "a") if delta.placement.part == 2]
+    with torch.no_grad():
+        words.vectors.copy_(deltas_of(alone, "p")[0].vectors)
+    assert torch.equal(output(model), output(alone))
+
+
+def test_a_penalty_and_its_steps_reach_the_part_that_has_them() -> None:
+    model = _adapted(("bitfit", {"name": "adalora", "targets": "attn.q"}))
+    alone = tiny("bert")
+    lk.attach(alone, method_called("adalora")(targets="attn.q"), name="a")
+    from lorakit.core.stepping import after_step, before_step, penalty
+
+    losses = []
+    for each in (model, alone):
+        with torch.no_grad():
+            for delta in deltas_of(each, "a"):
+                for number, value in enumerate(delta.parameters() if not delta.placement.is_replaced else ()):
+                    value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(number)))
+        before_step(each, "a", 1, 10)
+        added = penalty(each, "a")
+        assert added is not None
+        (output(each).pow(2).mean() + added).backward()
+        after_step(each, "a", 1, 10)
+        losses.append(added.detach())
+    assert close(*losses)
+
+
+def _rewritten(folder: Path, change) -> None:
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        header = json.loads(file.metadata()["lorakit"])
+    change(header)
+    save_file(load_file(folder / TENSORS), folder / TENSORS, metadata={"lorakit": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h["method"].update(parts=3), "parts are not a list"),
+        (lambda h: h["method"].update(parts=[3, 4]), "parts are not a list"),
+        (lambda h: h["method"].pop("parts"), "parts are not a list"),
+        (lambda h: h["method"].update(parts=[dict(h["method"]), "lora"][:1]), "a combine among its parts"),
+        (lambda h: h["method"].update(parts=h["method"]["parts"][:1]), "two methods or more"),
+        (lambda h: h["method"]["parts"][0].update(name="nothing"), "nothing called 'nothing'"),
+        (lambda h: h["method"]["parts"][0].update(rank="8"), "bad rank: '8'"),
+        (lambda h: h["method"]["parts"][0].update(rank=0), "rank=0"),
+        (lambda h: h["method"].update(colour=3), "unknown entry 'colour'"),
+        (lambda h: h["plan"][0].update(part=9), "bad kind: 'low-rank'"),
+        (lambda h: h["plan"][0].pop("part"), "bad kind: 'low-rank'"),
+        (lambda h: h["plan"][0].update(part=-1), "the part -1"),
+        (lambda h: h["plan"][-1].update(part=1), "bad kind: 'scaled-"),
+        (lambda h: h["plan"].pop(), "is not part of it"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(change, words: str, tmp_path: Path) -> None:
+    model = _adapted((LINEAR, WHOLE))
+    lk.save(model, "a", tmp_path)
+    _rewritten(tmp_path, change)
+    other = tiny("bert")
+    with pytest.raises(BadAdapterFile) as caught:
+        lk.load(other, tmp_path)
+    assert words in str(caught.value)
+    assert not any(module._forward_hooks for module in other.modules())
+
+
+def test_missing_and_unknown_tensors_name_their_part(tmp_path: Path) -> None:
+    lk.save(_adapted((LINEAR, "bitfit")), "a", tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    with safe_open(tmp_path / TENSORS, framework="pt") as file:
+        metadata = file.metadata()
+    gone = next(key for key in sorted(tensors) if "part_1." in key)
+    tensors["base_model.model.part_1.extra"] = tensors.pop(gone)
+    save_file(tensors, tmp_path / TENSORS, metadata=metadata)
+    with pytest.raises(BadAdapterFile) as caught:
+        lk.load(tiny("bert"), tmp_path)
+    assert f"{gone.removeprefix('base_model.model.')} is missing" in str(caught.value)
+    assert "part_1.extra is not part of it" in str(caught.value)
+
+
+def test_two_combinations_serve_rows_of_one_batch() -> None:
+    model = tiny("gpt2")
+    for number, name in enumerate("ab"):
+        lk.attach(model, combine(LINEAR, WHOLE, "bitfit"), name=name)
+        scramble(model, name, seed=number)
+    rows = ["a", None, "b"]
+    with lk.use(model, rows):
+        mixed = output(model)
+    for number, name in enumerate(rows):
+        with lk.use(model, name):
+            assert close(mixed[number], output(model)[number])
