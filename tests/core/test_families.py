@@ -5,6 +5,7 @@ Legend: B batch, T tokens, I in, O out, H heads, D units of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib import import_module
@@ -32,7 +33,10 @@ RECORDS: dict[str, Family] = {
     if name != "infer"
 }
 TYPES = [kind for record in RECORDS.values() for kind in record.model_types]
-POSITIONS = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")  # DeBERTa's layers that have no role
+WITHOUT_ROLE = (  # DeBERTa's layers of positions, and a gate of one unit
+    *("pos_proj.weight", "pos_q_proj.weight", "pos_key_proj.weight", "pos_query_proj.weight"),
+    "shared_expert_gate.weight",
+)
 UNSHARED = ("deberta-v2", {"share_att_key": False})
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_type = pytest.mark.parametrize("family", TYPES)
@@ -73,7 +77,9 @@ def test_every_role_is_found_in_each_layer_with_the_right_shape(family: str, siz
     assert set(found) - {"block", "embed", "head"} == set(record.inside) - absent(model)
     for role, sites in found.items():
         stacks = 1 if not model.config.is_encoder_decoder else 3 if role.startswith(("attn", "norm.attn")) else 2
-        pair = 2 if role.startswith("norm.") and isinstance(record.inside[role], tuple) else 1
+        both = role.startswith("norm.") and isinstance(record.inside[role], tuple)
+        shared = hasattr(model.config, "shared_expert_intermediate_size") and role in ("mlp.gate", "mlp.up", "mlp.down")
+        pair = 2 if both or shared else 1
         assert len(sites) == (1 if role in ("embed", "head") else LAYERS * stacks * pair), role
         for site in sites:
             check_shape(model, site)
@@ -84,12 +90,18 @@ def absent(model: PreTrainedModel) -> set[str]:
     return set() if getattr(model.config, "is_gated_act", True) else {"mlp.gate"}
 
 
+def shape_of(model: PreTrainedModel, site: Site) -> tuple[int, ...]:
+    """(out, in) of a layer's site, (experts, out, in) of stacked experts'."""
+    weight = model.get_submodule(site.path).get_parameter(site.parameter)
+    matrix = site.experts.matrices(weight) if site.experts else site.layout.matrix(weight)
+    return tuple((site.slice.take(matrix, -2) if site.slice else matrix).shape)
+
+
 def check_shape(model: PreTrainedModel, site: Site) -> None:
     module, expected = model.get_submodule(site.path), widths(model)
     if site.role in expected:
-        weight_OI = site.layout.matrix(module.weight)
-        weight_OI = site.slice.take(weight_OI, 0) if site.slice else weight_OI
-        assert tuple(weight_OI.shape) == expected[site.role] == (site.out_features, site.layout.in_features)
+        matrix = site.experts or site.layout
+        assert shape_of(model, site)[-2:] == expected[site.role] == (site.out_features, matrix.in_features)
     elif site.role.startswith("norm."):
         assert module.weight.shape == (WIDTH,)
     elif site.role == "embed":
@@ -98,7 +110,7 @@ def check_shape(model: PreTrainedModel, site: Site) -> None:
         assert module.weight.shape == (WORDS, WIDTH)
     else:  # block, attn, mlp: what holds the layers
         held = {"attn": ("attn.",), "mlp": ("mlp.",), "block": ("attn.", "mlp.")}[site.role]
-        below = {each.role for each in sites_of(model) if each.path.startswith(f"{site.path}.") and each.layout}
+        below = {each.role for each in sites_of(model) if each.path.startswith(f"{site.path}.") and each.has_matrix}
         assert below == {role for role in expected if role.startswith(held)} & set(by_role(model))
 
 
@@ -106,11 +118,13 @@ def check_shape(model: PreTrainedModel, site: Site) -> None:
 def test_linear_is_every_linear_layer_of_the_blocks_and_no_other(family: str) -> None:
     model = tiny(family)
     blocks = tuple(f"{site.path}." for site in by_role(model)["block"])
-    every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    every = [path for path in every if path.startswith(blocks) and not path.endswith(POSITIONS)]
-    assert sorted({site.path for site in resolve(model, ["linear"])}) == sorted(every)
-    units = sum(site.out_features * site.layout.in_features for site in resolve(model, ["linear"]))
-    assert units == sum(model.get_submodule(path).weight.numel() for path in every)  # no part of a layer twice or never
+    every = {f"{p}.weight" for p, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    every |= {path for path, parameter in model.named_parameters() if parameter.dim() == 3}  # of stacked experts
+    every = {path for path in every if path.startswith(blocks) and not path.endswith(WITHOUT_ROLE)}
+    sites = resolve(model, ["linear"])
+    assert {f"{site.path}.{site.parameter}" for site in sites} == every
+    units = sum(math.prod(shape_of(model, site)) for site in sites)
+    assert units == sum(model.get_parameter(path).numel() for path in every)  # no part of a layer twice or never
 
 
 @every_family
@@ -293,7 +307,7 @@ def test_norms_stand_by_the_half_of_the_block_that_their_role_names(family: str,
     model = tiny(family, **size)
     record, found = family_of(model), by_role(model)
     norms = [site for site in sites_of(model) if site.role.startswith("norm.")]
-    linear = [site for site in sites_of(model) if site.layout and site.role not in ("embed", "head")]
+    linear = [site for site in sites_of(model) if site.has_matrix and site.role not in ("embed", "head")]
     seen = calls(model, {site.path for site in [*norms, *linear, *found["block"]]})
     for norm in norms:
         x, y = seen[norm.path][0]

@@ -91,6 +91,8 @@ def test_generate_is_a_loop_of_whole_forwards(family: str, form: str) -> None:
     said = dict(attention_mask=mask_BT, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=PADDING)
     together = model.generate(ids_BT, **said)
     assert torch.equal(together, model.generate(ids_BT, **said, use_cache=False))
+    with contexts(model, torch.tensor([7, 7, 7])):
+        assert torch.equal(together, model.generate(ids_BT, **said))
     for row, length in enumerate(LENGTHS):
         assert torch.equal(together[row, 7 - length :], greedy(model, ids_BT[row : row + 1, 7 - length :], 5)[0])
 

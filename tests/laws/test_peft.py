@@ -148,8 +148,9 @@ def test_a_rank_that_no_pattern_explains_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_what_we_cannot_read_is_named(tmp_path: Path) -> None:
+    activated = dict(alora_invocation_tokens=[3, 4], task_type="CAUSAL_LM")
     for number, (fields, words) in enumerate(
-        [(dict(use_dora=True), "DoRA"), (dict(lora_bias=True), "a bias on lora_B")]
+        [(activated, "activated LoRA"), (dict(lora_bias=True), "a bias on lora_B")]
     ):
         theirs = get_peft_model(tiny("llama"), LoraConfig(r=4, target_modules=["q_proj"], **fields))
         theirs.save_pretrained(tmp_path / str(number))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lorakit as lk
 from lorakit.core.files import TENSORS, safe_open
-from lorakit.core.method import Method, method_called
+from lorakit.core.method import Method
 from lorakit.core.state import adapter_tensors, attached_to, deltas_of
+from lorakit.core.stepping import after_step, before_step, penalty
 from lorakit.errors import BadAdapterFile, BadRouting, LorakitError, NotMergeable
 from lorakit.interop import merge_checkpoint
 from lorakit.methods.combine import Combine, combine
@@ -71,7 +74,7 @@ def test_every_part_acts(parts: tuple[Any, ...]) -> None:
                 for value in delta.parameters() if delta.placement.part == number else ():
                     value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
         outputs.append(output(model))
-    assert all(not close(one, other) for one, other in zip(outputs, outputs[1:], strict=False))
+    assert all(not close(one, other) for one, other in pairwise(outputs))
 
 
 def test_parts_act_in_their_order() -> None:
@@ -84,9 +87,9 @@ def test_parts_act_in_their_order() -> None:
         scramble(model, "a", std=0.3)
         tensors = {key.rpartition(".")[2]: value for key, value in adapter_tensors(model, "a").items()}
         layer, scale = model.get_submodule(path), 16 / 2
-        w, b, low, l = layer.weight, layer.bias, scale * x @ tensors["A"].T @ tensors["B"].T, tensors["vector"]
-        base = x @ w.T + b
-        found.append((layer(x), l * (base + low) if parts[1] is vector else l * base + low))
+        base, low = x @ layer.weight.T + layer.bias, scale * x @ tensors["A"].T @ tensors["B"].T
+        gain = tensors["vector"]
+        found.append((layer(x), gain * (base + low) if parts[1] is vector else gain * base + low))
     assert all(close(ours, by_hand) for ours, by_hand in found)
     assert not close(found[0][0], found[1][0], 0.01)
 
@@ -116,7 +119,7 @@ def test_parts_are_methods_names_or_tables() -> None:
     )
     assert all(way == ways[0] for way in ways)
     assert Method.from_json(json.loads(json.dumps(ways[0].to_json()))) == ways[0]
-    assert Combine(parts="lora, bitfit") == combine(lk.LoRA(), method_called("bitfit")())
+    assert Combine(parts="lora, bitfit") == combine(lk.LoRA(), lk.BitFit())
     assert Combine() == combine("lora", "prefix-embedding")  # the pair of the paper
     assert Method.from_json({"name": "lora-prefix-layer"}) == combine("lora", "prefix-layer")
 
@@ -165,6 +168,16 @@ def test_parts_that_do_not_fit_are_refused(parts: tuple[Any, ...], words: str) -
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("rank", "parameters"), [(8, 37_896_192), (32, 151_142_400), (64, 302_137_344)], ids=["r=8", "r=32", "r=64"]
+)
+def test_the_papers_pair_trains_as_many_numbers_on_gpt3(rank: int, parameters: int) -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048))
+        lk.attach(model, combine(lk.LoRA(rank=rank), lk.PrefixEmbedding(prefix=8, infix=4)))
+    assert lk.summary(model).trainable_parameters == parameters
+
+
 def test_what_a_part_cannot_do_the_whole_cannot() -> None:
     model = _adapted(("lora", "prefix-embedding"), "gpt2")
     lk.attach(model, lk.LoRA(), name="b")
@@ -175,15 +188,14 @@ def test_what_a_part_cannot_do_the_whole_cannot() -> None:
         lk.use(model, ["a", "b"])
     with pytest.raises(BadRouting, match="mixture"):
         lk.use(model, {"a": 0.5, "b": 0.5})
-    assert attached_to(model, "a").method.inserts == method_called("prefix-embedding")().inserts
+    assert attached_to(model, "a").method.inserts == lk.PrefixEmbedding().inserts
 
 
-def test_lora_and_prefix_act_as_if_one_after_the_other() -> None:
-    """The pair with one part at its start is the other part alone."""
+def test_a_fresh_lora_leaves_the_prefix_as_it_is() -> None:
+    """The pair with LoRA at its start is the prefix alone."""
     model, alone = _adapted(("lora", "prefix-embedding"), "gpt2"), tiny("gpt2")
-    lk.attach(alone, method_called("prefix-embedding")(), name="p")
-    for name in ("p",):
-        scramble(alone, name)
+    lk.attach(alone, lk.PrefixEmbedding(), name="p")
+    scramble(alone, "p")
     (words,) = [delta for delta in deltas_of(model, "a") if delta.placement.part == 2]
     with torch.no_grad():
         words.vectors.copy_(deltas_of(alone, "p")[0].vectors)
@@ -193,9 +205,7 @@ def test_lora_and_prefix_act_as_if_one_after_the_other() -> None:
 def test_a_penalty_and_its_steps_reach_the_part_that_has_them() -> None:
     model = _adapted(("bitfit", {"name": "adalora", "targets": "attn.q"}))
     alone = tiny("bert")
-    lk.attach(alone, method_called("adalora")(targets="attn.q"), name="a")
-    from lorakit.core.stepping import after_step, before_step, penalty
-
+    lk.attach(alone, lk.AdaLoRA(targets="attn.q"), name="a")
     losses = []
     for each in (model, alone):
         with torch.no_grad():

@@ -164,7 +164,8 @@ def _numbers(count: int = 4000) -> torch.Tensor:
 
 def test_base_and_difference_give_the_value_to_the_bit() -> None:
     some = _numbers()
-    base, value = some.repeat(7), torch.cat([some.roll(n) * f for n, f in zip(range(7), (1, 1, -1, 2.1, 0.3, 1, 1))])
+    base = some.repeat(7)
+    value = torch.cat([some.roll(n) * factor for n, factor in enumerate((1, 1, -1, 2.1, 0.3, 1, 1))])
     value[-len(some) :] = some + 0.1 * some.abs() * torch.randn(len(some), generator=torch.Generator().manual_seed(1))
     one, other = Trained(base), Trained(base)
     one.begin(value)

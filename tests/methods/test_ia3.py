@@ -130,7 +130,12 @@ def test_a_layer_that_both_name_gets_its_input_scaled() -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "error", "words"),
     [
-        ("gpt2", dict(inputs="attn.q"), BadMethod, "cannot scale the input of attn.q alone: .*c_attn holds other roles"),
+        (
+            "gpt2",
+            dict(inputs="attn.q"),
+            BadMethod,
+            "cannot scale the input of attn.q alone: .*c_attn holds other roles",
+        ),
         ("llama", dict(inputs="mlp.x"), NoSuchTarget, "matches the target 'mlp.x'"),
         ("llama", dict(targets="embed"), BadMethod, "ia3 needs Linear or Conv1D layers, but 'embed' names Embedding"),
         ("llama", dict(inputs="norm.mlp"), BadMethod, "'norm.mlp' names LlamaRMSNorm"),

@@ -161,9 +161,11 @@ def test_fields_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
         LoKr(**fields)
 
 
-def test_other_layers_are_refused(tmp_path: Path) -> None:
+def test_other_layers_are_refused() -> None:
     with pytest.raises(BadMethod, match="lokr needs Linear or Conv1D layers, but 'embed' names Embedding"):
         lk.attach(tiny("llama"), LoKr(targets="embed"))
+    with pytest.raises(BadMethod, match="'linear' names stacked experts"):
+        lk.attach(tiny("mixtral"), LoKr(targets="linear"))
     with pytest.raises(BadMethod, match="names Conv2d"):
         lk.attach(nn.Sequential(nn.Conv2d(3, 6, 3)), LoKr(targets="0"))
 

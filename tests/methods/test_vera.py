@@ -158,10 +158,12 @@ def test_counts_are_the_paper_s(kind: Any, config: Any, rank: int, expected: int
     assert lk.summary(model).trainable_parameters == expected
 
 
-@pytest.mark.parametrize(("targets", "error"), [("embed", BadMethod), ("norm.mlp", BadMethod), ("attn.x", NoSuchTarget)])
+@pytest.mark.parametrize(
+    ("targets", "error"), [("embed", BadMethod), ("norm.mlp", BadMethod), ("attn.x", NoSuchTarget)]
+)
 def test_other_layers_are_refused(targets: str, error: type[Exception]) -> None:
     model = tiny("llama")
-    with pytest.raises(error, match="vera needs Linear or Conv1D layers|no module of"):
+    with pytest.raises(error, match=r"vera needs Linear or Conv1D layers|no module of"):
         lk.attach(model, VeRA(targets=targets))
     assert not any(".adapters." in key for key in model.state_dict())
 

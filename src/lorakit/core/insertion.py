@@ -93,9 +93,10 @@ def inserts_of(state: State) -> Numbers:
 
 
 def generate_after_context(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """`model.generate` where all that is given is context, however often it is read again."""
-    given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if not isinstance(given, Tensor) or cast(Reading, state_of(model).reading).bidirectional:
+    """`model.generate` where all that is given is context, however often it is read again; unless contexts are told."""
+    given, state = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids")), state_of(model)
+    told = state.context_ends_B is not None or cast(Reading, state.reading).bidirectional
+    if told or not isinstance(given, Tensor):
         return cast(Any, type(model)).generate(model, *args, **kwargs)
     with contexts(model, torch.tensor([given.shape[1]])):
         return cast(Any, type(model)).generate(model, *args, **kwargs)
@@ -190,10 +191,10 @@ def _refuse_unreadable(given: Mapping[str, Any], reading: Reading) -> None:
         raise BadRouting("a prefix is put between token ids; call the model with input_ids, not inputs_embeds")
     if ids_BT.dim() != 2 or (positions is not None and positions.dim() != 2):
         raise BadRouting("a prefix needs token ids and position ids (batch, tokens), without a third dimension")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise BadRouting("a prefix needs an attention mask (batch, tokens) or none, not pairs of tokens (packing)")
     if getattr(given.get("past_key_values"), "is_compileable", False):
         raise BadRouting("a cache of fixed size has no room for a prefix; generate without cache_implementation")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise BadRouting("a prefix needs an attention mask (batch, tokens) or none, not pairs of tokens (packing)")
     if given.get("token_type_ids") is not None and reading.types_are_words:
         raise BadRouting("this model reads token types as words, where a prefix would count twice; leave them out")
 

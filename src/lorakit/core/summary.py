@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.core.layouts import layout_of
+from lorakit.core.experts import shape_of
 from lorakit.core.plan import Placement
 from lorakit.core.sites import ADAPTERS
 from lorakit.core.state import attached_to, deltas_of, idle, state_of
@@ -116,10 +116,11 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
 
 
 def _shape(model: nn.Module, placement: Placement) -> str:
-    layout = layout_of(model.get_submodule(placement.path))
-    if layout is None or not placement.rank:
+    shape = shape_of(model.get_submodule(placement.path), placement.parameter)
+    if shape is None or not placement.rank:
         return ""
-    return f"{placement.slice.width if placement.slice else layout.out_features} x {layout.in_features}"
+    *experts, out, inner = shape
+    return " x ".join(str(size) for size in (*experts, placement.slice.width if placement.slice else out, inner))
 
 
 def _size(placement: Placement) -> str:

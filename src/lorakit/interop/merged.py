@@ -175,7 +175,8 @@ class _Job:
     def _refuse_absent(self, names: Iterable[str]) -> None:
         absent = next((name for name in names if self.checkpoint.entry(name) is None), None)
         if absent is not None:
-            raise BadModel(f"the base has no weights {absent}, which the adapter changes")
+            raise BadModel(f"the base has no weights {absent}, which the adapter changes; if its files name them "
+                           "otherwise (one matrix an expert), merge the loaded model and save that")  # fmt: skip
 
 
 def _needed(delta: Delta, module: nn.Module) -> list[str]:

@@ -25,9 +25,13 @@ def linear_sites(name: str, model: nn.Module, targets: Iterable[str]) -> list[Si
         wrong = [site for site in matched if not isinstance(site.layout, LinearLayout)]
         if wrong or not matched:
             named = wrong or matching(sites, target, model)
-            kinds = {type(model.get_submodule(site.path)).__name__ for site in named}
+            kinds = {_kind(site, model) for site in named}
             raise BadMethod(f"{name} needs Linear or Conv1D layers, but {target!r} names {', '.join(sorted(kinds))}")
     return [site for site in sites if site.has_matrix]
+
+
+def _kind(site: Site, model: nn.Module) -> str:
+    return "stacked experts" if site.experts else type(model.get_submodule(site.path)).__name__
 
 
 def linear_layout(placement: Placement, module: nn.Module) -> Layout:

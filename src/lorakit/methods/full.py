@@ -19,7 +19,7 @@ from lorakit.core.plan import MODULE, Placement, Plan
 from lorakit.core.replace import module_placements
 from lorakit.core.sites import ADAPTERS, modules_of, sites_of
 from lorakit.core.state import Adapters
-from lorakit.errors import BadMethod
+from lorakit.errors import BadMethod, BadState
 from lorakit.methods._targeted import refuse, whole
 
 WHOLE = "whole"
