@@ -6,7 +6,6 @@ Legend: E experts, I in, O out, R rank.
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -25,8 +22,7 @@ import lorakit as lk
 from lorakit.core.method import method_names
 from lorakit.core.sites import resolve, sites_of
 from lorakit.core.state import adapter_tensors, attached_to, idle
-from lorakit.errors import BadAdapterFile, BadMethod, BadModel, BadRouting
-from lorakit.interop.merged import merge_checkpoint
+from lorakit.errors import BadMethod, BadRouting
 from tests.laws.cases import bits, close, output, same_bits, scramble
 from tests.tiny import tiny, tokens
 
@@ -37,9 +33,9 @@ UNLISTED = {  # families without a record, and what their configs call our sizes
     "gpt_oss": {"num_local_experts": EXPERTS, "head_dim": 8},  # transposed, with biases, gate and up in turn
     "granitemoe": {"num_local_experts": EXPERTS},
 }
+ROWS = {"mlp.gate": slice(0, INNER), "mlp.up": slice(INNER, 2 * INNER)}  # of an expert's matrix, as forward divides it
 every_way = pytest.mark.parametrize("way", WAYS)
 every_family = pytest.mark.parametrize("family", [*FAMILIES, *UNLISTED])
-GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
 def mixture(family: str, way: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -66,10 +62,6 @@ def adapted(
     lk.attach(model, lk.LoRA(rank=RANK, alpha=ALPHA, targets=targets, **fields), name="a")
     scramble(model, "a")
     return model
-
-
-
-ROWS = {"mlp.gate": slice(0, INNER), "mlp.up": slice(INNER, 2 * INNER)}  # of an expert's matrix, as forward divides it
 
 
 def formed(model: PreTrainedModel, factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -321,7 +313,7 @@ def test_sites_and_ranks_of_experts() -> None:
     ]
     assert "4 x 48 x 32" in str(lk.summary(model))
     own = sum(EXPERTS * rank * (32 + INNER) for rank in (RANK, 2, 5)) * 2
-    attention = RANK * 2 * (4 * 32 + 3 * 32 + 2 * 16)
+    attention = RANK * 2 * (2 * (32 + 32) + 2 * (32 + 16))
     assert lk.summary(model).trainable_parameters == own + attention
 
 

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedModel,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
@@ -418,3 +425,10 @@ def test_parameters_at_the_size_of_gpt3(family: str, size: dict[str, int]) -> No
 def test_every_tiny_model_is_of_a_family_with_a_record() -> None:
     assert {*FAMILIES, *KIN} == set(TYPES)
     assert len(TYPES) == len(set(TYPES))
+
+
+def test_an_unknown_encoder_is_known_by_its_attentions() -> None:
+    encoder = DistilBertModel(DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=2, n_heads=4))
+    infer = registry.find("lorakit.families", "infer").infer
+    assert (infer(encoder).bidirectional, infer(encoder).leading) == (True, 1)
+    assert not infer(tiny("llama")).bidirectional

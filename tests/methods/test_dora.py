@@ -13,10 +13,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 import lorakit as lk
 from lorakit.core.state import deltas_of
 from lorakit.errors import BadAdapterFile, BadMethod
+from lorakit.interop.merged import merge_checkpoint
 from lorakit.methods import dora
 from lorakit.methods.dora import Decomposed, DoRA
 from tests.laws.cases import bits, close, output, same_bits, scramble
@@ -334,3 +336,14 @@ def test_tokens_of_a_compiled_model_see_the_present_weight() -> None:
         for delta in _own(model):
             delta.base.module.weight.mul_(1.5)
         assert close(compiled(tokens(model))[0], output(model))
+
+
+def test_a_checkpoint_on_disk_is_merged_as_the_model_is(tmp_path: Path) -> None:
+    model = tiny("gpt2", torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    lk.attach(model, DoRA(rank=4, targets="linear"), name="a")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    lk.merge(model, "a")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), output(model))

@@ -193,3 +193,11 @@ def test_a_bad_folder_is_refused(change: Any, words: str, tmp_path: Path) -> Non
     (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(BadAdapterFile, match=words):
         lk.load(tiny("llama"), tmp_path / "a")
+
+
+def test_a_combination_keeps_the_projections(tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    lk.attach(model, lk.combine(VeRA(rank=8), lk.IA3()), name="a")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    assert torch.equal(output(loaded("gpt2", tmp_path / "a")), output(model))

@@ -83,8 +83,9 @@ def embedding_path(model: nn.Module) -> str:
 
 def longest_of(stack: nn.Module) -> int | None:
     """How many places the stack's positions suffice for; None if there is no such limit."""
-    most = getattr(getattr(stack, "config", None), "max_position_embeddings", None)
-    if not isinstance(most, int):
+    config: Any = getattr(stack, "config", None)
+    most = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or not most:
         return None
     tables = [module for path, module in modules_of(stack) if "position" in path and isinstance(module, nn.Embedding)]
     unused = [table.padding_idx + 1 for table in tables if table.padding_idx is not None]  # RoBERTa counts from there

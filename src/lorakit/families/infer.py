@@ -62,7 +62,15 @@ def infer(model: nn.Module) -> Family:
     for container in roles.keys() - {block}:  # e.g. feed-forward layers apart from the attentions
         for role, tails in roles[container].items():
             ends.setdefault(role, {}).update({f"{container}.*.{tail}": None for tail in tails})
-    return Family((), f"{block}.*", _one_or_many(roles.get(block, {})), _one_or_many(ends))
+    both = _sees_both_ways(model)
+    inside = _one_or_many(roles.get(block, {}))
+    return Family((), f"{block}.*", inside, _one_or_many(ends), bidirectional=both, leading=int(both))
+
+
+def _sees_both_ways(model: nn.Module) -> bool:
+    """Whether the attentions say that none of them is causal, as those of encoders that begin with [CLS] do."""
+    told = [vars(module)["is_causal"] for module in model.modules() if "is_causal" in vars(module)]
+    return bool(told) and not any(told)
 
 
 def _stacks(model: nn.Module) -> dict[str, dict[str, Matrix]]:

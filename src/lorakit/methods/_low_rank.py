@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -244,4 +244,4 @@ class Factors(Delta):
 
 def factors(deltas: Sequence[Delta]) -> list[Factors]:
     """The low-rank ones among deltas."""
-    return [cast(Factors, delta) for delta in deltas if isinstance(delta, Factors)]
+    return [delta for delta in deltas if isinstance(delta, Factors)]

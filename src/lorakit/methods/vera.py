@@ -143,6 +143,8 @@ class VeRA(Targeted):
         """Copy A, B (where the file has them), d and b out of `tensors`."""
         own = _own(deltas)
         blocks, faults = _blocks(own), []
+        for name in {A, B} & {key.removeprefix(ROOT) for key in tensors}:
+            tensors[name] = tensors.pop(name if name in tensors else ROOT + name)
         if A in tensors or B in tensors:
             faults += _read_projections(own, blocks, tensors)
         for path, group in _by_path(own):

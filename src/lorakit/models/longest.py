@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import nn
-
 from lorakit.core.insertion import longest_insertion
+from lorakit.core.stack import longest_of
 
 
 def longest(model: Any) -> int:
@@ -20,9 +19,4 @@ def longest(model: Any) -> int:
     >>> longest(RobertaModel(RobertaConfig(**sizes, max_position_embeddings=66, pad_token_id=1)))
     64
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions:
-        return sys.maxsize
-    tables = [table for path, table in model.named_modules() if "position" in path and isinstance(table, nn.Embedding)]
-    unused = [table.padding_idx + 1 for table in tables if table.padding_idx is not None]  # RoBERTa counts from there
-    return int(positions) - max(unused, default=0) - longest_insertion(model)
+    return (longest_of(model) or sys.maxsize) - longest_insertion(model)
