@@ -28,7 +28,7 @@ class Sizes:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     train: int = 1600
-    epochs: float = 2
+    epochs: float = 1
     test: int | None = None
 
 

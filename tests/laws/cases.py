@@ -30,10 +30,12 @@ VARIANTS: dict[str, Method] = {
     "lora-norm": lk.LoRA(rank=4, targets="mlp.up", train="norm.mlp"),
     "lora-pissa": lk.LoRA(rank=4, init="pissa"),
 }
-WITHOUT_BIAS = ("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "t5")
+WITHOUT_BIAS = (
+    *("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "t5"),
+)
 CANNOT = {  # what a family cannot hold; test_refusals says that it is refused
     **{(family, name): "no bias" for family in WITHOUT_BIAS for name in ("bitfit", "lora-bias")},
-    **{("vit", name): "token ids" for name in ("prefix-embedding", "prefix-layer", "combine")},
+    **{("vit", name): "token ids" for name in ("prefix-embedding", "prefix-layer", "combine", "lora-prefix-layer")},
 }
 
 

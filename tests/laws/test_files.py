@@ -24,6 +24,7 @@ from tests.tiny import tiny
 TENSORS = "adapter_model.safetensors"
 
 
+@torch.no_grad()  # a kernel may be chosen by whether gradients are wanted
 @every_case
 @every_dtype
 def test_save_and_load_are_the_identity(family: str, method: str, dtype: torch.dtype, tmp_path: Path) -> None:

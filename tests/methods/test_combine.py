@@ -121,7 +121,7 @@ def test_parts_are_methods_names_or_tables() -> None:
     assert Method.from_json(json.loads(json.dumps(ways[0].to_json()))) == ways[0]
     assert Combine(parts="lora, bitfit") == combine(lk.LoRA(), lk.BitFit())
     assert Combine() == combine("lora", "prefix-embedding")  # the pair of the paper
-    assert Method.from_json({"name": "lora-prefix-layer"}) == combine("lora", "prefix-layer")
+    assert Method.from_json({"name": "lora-prefix-layer"}) == combine("lora", "prefix-embedding", "prefix-layer")
 
 
 def test_heads_of_all_parts_are_trained_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,13 @@ def test_a_copy_reads_its_own_weight() -> None:
             delta.base.module.weight.mul_(2)
     lk.merge(twin, "a")
     assert torch.equal(output(model), expected)
+
+
+def test_a_pickled_model_holds_its_weights_once() -> None:
+    model = _attached()
+    before = len(pickle.dumps(model))
+    output(model)
+    assert len(pickle.dumps(model)) < before + 32 * 16  # bytes; less than the numbers of any weight
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def folded(values: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
 
 
 def _fold_all(wide: Mapping[str, Tensor], deltas: list[Delta]) -> dict[str, Tensor]:
-    """Fold what stands in for weights, then what acts on the output, in order; then on the input, the last one first."""
+    """Fold what stands in for weights, then what acts on the output, in order, then on the input, last first."""
     new: dict[str, Tensor] = {}
     inner = [delta for delta in deltas if changes_input(delta)]
     outer = [delta for delta in deltas if not changes_input(delta)]

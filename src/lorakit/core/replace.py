@@ -84,7 +84,7 @@ def bias_placements(model: nn.Module, mode: BiasMode, adapted: Iterable[str]) ->
 
 
 def _has_bias(module: nn.Module) -> bool:
-    """Whether the module adds a bias to its output: one with modules in it may hold a bias for them (BERT's LM head)."""
+    """Whether a module adds a bias to its output; one with modules in it may hold theirs (BERT's LM head)."""
     return module._parameters.get("bias") is not None and not set(module._modules) - {ADAPTERS}
 
 

@@ -43,7 +43,7 @@ class State:
     attached: dict[str, Attached] = field(default_factory=dict)
     routing: Routing | None = None
     required_grad: dict[str, bool] = field(default_factory=dict)  # the base's flags before the first attach
-    originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # what merging changed, and its own value
+    originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # what merging changed, and what it was
     merged: str = ""  # what is merged, in words
     attributes: dict[str, Any] = field(default_factory=dict)  # the model's own, where ours stand in for them
     repeats: int = 1  # how often `generate` repeats each row, while it runs

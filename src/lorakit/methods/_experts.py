@@ -137,10 +137,15 @@ class Unformed(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        is_attribute = func.__name__ == "__get__"
+        name = func.__self__.__name__ if is_attribute else func.__name__
         if name in RULES:
             return RULES[name](func, *args, **(kwargs or {}))
-        raise _refusal(next(each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Unformed)), name)
+        changed = next(each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Unformed))
+        fact = func(changed.parts.base) if is_attribute or name.lstrip("_").startswith("is_") else changed
+        if isinstance(fact, Tensor):
+            raise _refusal(changed, name)
+        return fact
 
 
 def _refusal(changed: Unformed, what: str) -> BadMethod:
@@ -203,7 +208,7 @@ def _grouped(func: Any, x_SI: Tensor, changed: Unformed, offs: Tensor | None = N
 
 
 RULES: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("dtype", "device", "shape", "ndim", "dim", "size", "numel", "stride"), _told),
+    **dict.fromkeys(("dim", "size", "numel", "stride"), _told),
     **{"data_ptr": _address, "__getitem__": _taken, "transpose": _turned, "linear": _linear},
     **dict.fromkeys(("bmm", "matmul", "__matmul__"), _product),
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),

@@ -30,7 +30,9 @@ class Combine(Method):
     """
 
     name: ClassVar[str] = "combine"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lora-prefix-layer": {"parts": ("lora", "prefix-layer")}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "lora-prefix-layer": {"parts": ("lora", "prefix-embedding", "prefix-layer")}
+    }
 
     parts: tuple[Any, ...] | str = ("lora", "prefix-embedding")  # methods by name, or tables of a name and fields
 

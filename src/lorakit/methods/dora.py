@@ -174,7 +174,7 @@ class Rows:
         """Find the norms anew next time."""
         self._seen = None
 
-    def all_lengths(self, path: str) -> Tensor:
+    def all_lengths(self) -> Tensor:
         """‖W‖ of every row of the whole layer, of its own weight even while something is merged into it."""
         weight, adapters = cast(nn.Parameter, self.module.weight), self.module._modules.get(ADAPTERS)
         own = adapters.state.original(weight) if isinstance(adapters, Adapters) else weight
@@ -207,7 +207,7 @@ def _together(group: list[Decomposed]) -> Tensor:
     first = group[0]
     if first.placement.slice is None:
         return first.magnitude.detach().reshape(_shape(first))
-    whole_O = first.base.all_lengths(first.placement.path).to(first.magnitude)
+    whole_O = first.base.all_lengths().to(first.magnitude)
     for delta in group:
         whole_O = cast(Slice, delta.placement.slice).put(whole_O, delta.magnitude.detach())
     return whole_O
