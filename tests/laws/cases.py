@@ -35,6 +35,7 @@ WITHOUT_BIAS = (
 )
 CANNOT = {  # what a family cannot hold; test_refusals says that it is refused
     **{(family, name): "no bias" for family in WITHOUT_BIAS for name in ("bitfit", "lora-bias")},
+    **{(family, "ia3"): "stacked experts" for family in ("mixtral", "qwen3_moe")},
     **{("vit", name): "token ids" for name in ("prefix-embedding", "prefix-layer", "combine", "lora-prefix-layer")},
 }
 

@@ -27,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_peft_loads_what_we_write(family: str, method: str, tmp_path: Path) -> None:
     model = adapted(family, method)
     lk.save(model, "a", tmp_path / "a")
-    if not method_named(method).peft_type:
-        with pytest.raises(KeyError):  # PEFT has no such type, and says so
+    told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"]
+    if not method_named(method).peft_type or told != method_named(method).peft_type:
+        with pytest.raises(KeyError):  # PEFT has no such type (or not on such layers), and says so
             PeftModel.from_pretrained(tiny(family), tmp_path / "a")
         return
     theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "a").eval()

@@ -137,14 +137,13 @@ class Unformed(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        is_attribute = func.__name__ == "__get__"
-        name = func.__self__.__name__ if is_attribute else func.__name__
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         if name in RULES:
             return RULES[name](func, *args, **(kwargs or {}))
-        changed = next(each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Unformed))
-        fact = func(changed.parts.base) if is_attribute or name.lstrip("_").startswith("is_") else changed
-        if isinstance(fact, Tensor):
-            raise _refusal(changed, name)
+        with torch._C.DisableTorchFunctionSubclass():
+            fact = func(*args, **(kwargs or {}))
+        if isinstance(fact, Tensor) and name != "_base":
+            raise _refusal(next(each for each in (*args, *(kwargs or {}).values()) if isinstance(each, Unformed)), name)
         return fact
 
 
@@ -155,16 +154,9 @@ def _refusal(changed: Unformed, what: str) -> BadMethod:
     )
 
 
-def _told(func: Any, changed: Unformed, *args: Any) -> Any:
-    """What the base's parameter says of itself."""
-    return func(changed.parts.base, *args)
-
-
-def _address(func: Any, changed: Unformed) -> int:
-    """For a look at its alignment; who would read there would leave the update out."""
-    if changed.parts.base.device.type != "cpu":
-        raise _refusal(changed, "its address")
-    return changed.parts.base.data_ptr()
+def _told(func: Any, changed: Unformed) -> Any:
+    """Where the base's parameter is."""
+    return func(changed.parts.base)
 
 
 def _taken(func: Any, changed: Unformed, index: Any) -> Unformed:
@@ -208,8 +200,8 @@ def _grouped(func: Any, x_SI: Tensor, changed: Unformed, offs: Tensor | None = N
 
 
 RULES: Mapping[str, Callable[..., Any]] = {
-    **dict.fromkeys(("dim", "size", "numel", "stride"), _told),
-    **{"data_ptr": _address, "__getitem__": _taken, "transpose": _turned, "linear": _linear},
+    **dict.fromkeys(("device", "is_cpu", "is_cuda"), _told),
+    **{"__getitem__": _taken, "transpose": _turned, "linear": _linear},
     **dict.fromkeys(("bmm", "matmul", "__matmul__"), _product),
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
 }

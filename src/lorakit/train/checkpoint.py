@@ -27,7 +27,7 @@ _PARAMETER, _BUFFER = "parameter", "buffer"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The state after `step` steps: `<kind>:<name>` -> tensor, kind being parameter, buffer or a name of the optimiser."""
+    """The state after `step` steps: `<kind>:<name>` -> tensor; a kind is parameter, buffer or a name of the optimiser's."""
 
     step: int
     tensors: Mapping[str, Tensor]
