@@ -4,8 +4,8 @@ While a module of experts runs, a stand-in takes the place of its parameter. It 
 experts are computed (one expert at a time, in groups, in batches) with the base's own operation and a low-rank one
 beside it, so W_e + s B_e A_e is never formed and the base's code is used as it is.
 
-Legend: E experts, S tokens with an expert each, I in, O out, R rank; L (E, m, R) and M (E, R, n) are the factors of an
-update of (E, m, n), however the parameter lies.
+Legend: E experts, S pairs of a token and an expert of its, I in, O out, R rank. However a parameter lies, `left` and
+`right` are the factors of its update in that shape.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class UnformedSum(NamedTuple):
 class Unformed(Tensor):
     """Stands for base + left @ right without forming it.
 
-    It has the base's shape but no values (its own memory is on the meta device): code that does not ask it fails
-    rather than leave the update out.
+    It has the base's shape but no values (its own memory is on the meta device): code that does not ask it fails rather
+    than leave the update out. Of several deltas of one parameter, the first tells the dropout.
     """
 
     parts: UnformedSum
