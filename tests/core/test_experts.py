@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -281,17 +282,23 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("error", [ValueError, Stop])
-def test_an_interrupted_forward_leaves_the_base_as_it_was(error: type[BaseException]) -> None:
+@pytest.mark.parametrize("then", ["adapter", "base", "merge", "detach"])
+def test_an_interrupted_forward_leaves_the_base_as_it_was(then: str, error: type[BaseException]) -> None:
     model = adapted("mixtral")
     expected, experts = output(model), model.get_submodule(experts_path(model))
-    act = experts.act_fn
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(act, "forward", lambda x: (_ for _ in ()).throw(error))
+        patched.setattr(experts.act_fn, "forward", lambda x: (_ for _ in ()).throw(error))
         with pytest.raises(error):
             output(model)
-    assert error is Stop or all(type(value) is nn.Parameter for value in experts._parameters.values())
-    assert torch.equal(output(model), expected)
-    with lk.use(model, None):
+    if then == "adapter":
+        assert torch.equal(output(model), expected)
+    elif then == "merge":
+        lk.merge(model, "a")
+        assert close(output(model), expected)
+        lk.unmerge(model)
+    elif then == "detach":
+        lk.detach(model, "a")
+    with lk.use(model, None) if then != "detach" else nullcontext():
         assert torch.equal(output(model), output(mixture("mixtral")))
     assert all(type(value) is nn.Parameter for value in experts._parameters.values())
 

@@ -33,9 +33,12 @@ VARIANTS: dict[str, Method] = {
 WITHOUT_BIAS = (
     *("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "t5"),
 )
+STACKED = ("mixtral", "qwen3_moe")  # their feed-forward layers are experts, stacked into parameters
+BESIDE_MLP = ("bottleneck", "houlsby", "compacter", "compacter-plus")  # they act on the feed-forward layer's output
 CANNOT = {  # what a family cannot hold; test_refusals says that it is refused
     **{(family, name): "no bias" for family in WITHOUT_BIAS for name in ("bitfit", "lora-bias")},
-    **{(family, "ia3"): "stacked experts" for family in ("mixtral", "qwen3_moe")},
+    **{(family, "ia3"): "stacked experts" for family in STACKED},
+    **{(family, name): "no linear layer or norm" for family in STACKED for name in BESIDE_MLP},
     **{("vit", name): "token ids" for name in ("prefix-embedding", "prefix-layer", "combine", "lora-prefix-layer")},
 }
 

@@ -12,7 +12,7 @@ from lorakit.core.delta import Delta
 from lorakit.core.insertion import is_watched, unwatch, watch
 from lorakit.core.method import Method, build
 from lorakit.core.plan import BIAS, Plan
-from lorakit.core.routing import hook, route, routing_for, unhook
+from lorakit.core.routing import depart, hook, route, routing_for, unhook
 from lorakit.core.sites import ADAPTERS
 from lorakit.core.stack import stack_of
 from lorakit.core.state import (
@@ -205,6 +205,7 @@ def detach(model: nn.Module, name: str) -> None:
     if not inserting:
         unwatch(model)
     for _, module, adapters in list(adapters_of(model)):
+        depart(module)
         adapters.remove(name)
         if not inserting:
             unwatch(module)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta, changes_input, stands_in
-from lorakit.core.routing import hook, routing_for, unhook
+from lorakit.core.routing import depart, hook, routing_for, unhook
 from lorakit.core.state import State, adapters_of, claim, require_unmerged, state_of
 from lorakit.errors import BadState, NotMergeable
 
@@ -45,6 +45,7 @@ def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
         for path, module, adapters in adapters_of(model):
             parts = [(deltas, weight) for name, weight in weights.items() if (deltas := adapters.deltas(name))]
             if parts:
+                depart(module)
                 _merge_module(state, path, module, parts)
     except BaseException:
         _restore(state)

@@ -147,7 +147,7 @@ def prepare(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The forward pre-hook of modules whose input or weights an adapter changes."""
     adapters = cast(Adapters, module._modules[ADAPTERS])
-    depart(module, args, None)  # an interrupted forward may not have come to it
+    depart(module)
     routing = _routing(module, adapters, adapters._modules)
     if routing is None:
         return args, kwargs
@@ -181,8 +181,11 @@ def _into(adapters: Adapters, key: str, x: Any) -> Any:
     return x
 
 
-def depart(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """The forward hook, called even after an error, of modules whose weights an adapter stands in for."""
+def depart(module: nn.Module, args: tuple[Any, ...] = (), output: Any = None) -> None:
+    """The forward hook, called even after an error, of modules whose weights an adapter stands in for.
+
+    Ctrl-C keeps PyTorch from calling it, so whoever needs the base's weights calls it first.
+    """
     for children in cast(Adapters, module._modules[ADAPTERS])._modules.values():
         for delta in cast(nn.ModuleDict, children)._modules.values():
             cast(Delta, delta).leave(module)

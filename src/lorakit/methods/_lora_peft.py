@@ -3,9 +3,9 @@
 Ranks and scales are written without ambiguity: `r` and `lora_alpha` are the commonest values, and every other layer has
 a pattern of its own that is its escaped full path, so the order of patterns cannot matter.
 
-Stacked experts are PEFT's `target_parameters`: A is (E R, in), all rows of one expert together, B (out, R E), all experts
-of one rank together. PEFT wraps a module once for each of its parameters, the first innermost, and names the tensors by
-the wrapper, not the parameter. It knows no dropout there, and refuses a config that tells one.
+Stacked experts are PEFT's `target_parameters`: A is (E R, in), all rows of one expert together, B (out, R E), all
+experts of one rank together. PEFT wraps a module once for each of its parameters, the first innermost, and names the
+tensors by the wrapper, not the parameter. It knows no dropout there, and refuses a config that tells one.
 """
 
 from __future__ import annotations

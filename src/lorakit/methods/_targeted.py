@@ -47,7 +47,7 @@ class Targeted(Method):
                 raise BadMethod(f"{self.name} needs {_LAYERS} layers, but {target!r} names {', '.join(sorted(kinds))}")
         stacked = next((site for site in sites if site.experts), None)
         if stacked is not None and not self.adapts_experts:
-            raise BadMethod(f"{self.name} cannot adapt the stacked experts {stacked.path}.{stacked.parameter}, which no "
+            raise BadMethod(f"{self.name} cannot adapt stacked experts ({stacked.path}.{stacked.parameter}), which no "
                             "layer's call computes; take targets without them, such as 'attention'")  # fmt: skip
         return [site for site in sites if site.has_matrix]
 

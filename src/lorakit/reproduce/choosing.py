@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from lorakit.errors import BadMethod
 from lorakit.reproduce.calibration import gathered
 from lorakit.reproduce.run import feed, prepare
 from lorakit.train import Train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,10 @@ def answer(question: Question) -> list[Choice]:
     if question.budget < 1:
         raise BadMethod(f"a budget of {question.budget} trained numbers buys nothing; give a positive one")
     model, tokenizer, data = prepare(question)
-    sites = [site for site in resolve(model, question.targets) if isinstance(site.layout, LinearLayout)]
+    found = resolve(model, question.targets)
+    sites = [site for site in found if isinstance(site.layout, LinearLayout)]
+    if len(sites) < len(found):
+        log.warning("%d places are left out: only linear layers can be ranked, not experts", len(found) - len(sites))
     examples = feed(model, tokenizer, data, question.train)
     needs, most = NEEDS[question.by], question.calibrate_on
     statistics = gathered(model, sites, needs, examples, question.train, most)
