@@ -31,7 +31,7 @@ from lorakit.train import Feed, Train, run
 from lorakit.train.loss import loss_for
 
 BASE, NAME = "minilm-l6", "reviews"
-RATES = {"adalora": 1e-2, "full": 1e-4, "full-top2": 3e-4, "bitfit": 5e-3, "ia3": 1e-2, "vera": 2e-2}
+RATES = {"adalora": 1e-2, "lokr": 1e-2, "prefix-layer": 1e-2, "full": 1e-4, "full-top2": 3e-4, "bitfit": 5e-3, "ia3": 1e-2, "vera": 2e-2}
 RATE, ABOVE_MAJORITY = 2e-3, 0.05  # the learning rate of all other methods
 TIMED = dict(batch=16, tokens=64)
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few examples: shows that it runs, nothing else")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help="these methods alone")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of the docs there")
-    parser.add_argument("--accuracies", type=Path, metavar="FILE", help="keep accuracies there, and do not find anew what it has")
+    parser.add_argument("--accuracies", type=Path, metavar="FILE", help="keep accuracies there, and find only what it lacks")
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else FULL
     methods = chosen(arguments.only)

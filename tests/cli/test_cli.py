@@ -301,3 +301,14 @@ def test_help_lists_every_verb_and_every_field_with_its_comment(capsys: pytest.C
     assert "--train.learning_rate" in told
     assert "at the end of the warm-up" in told
     assert "--data.source" in told
+
+
+@pytest.mark.parametrize("words", [["--method.train_norms=false"], ["--method.train_norms", "false"]])
+def test_a_switch_that_a_preset_turns_on_can_be_turned_off(words: list[str]) -> None:
+    from lorakit.cli import _declare
+    from lorakit.cli.train import Options
+
+    given = ["--base", "b", "--data", "d.csv", "--out", "o", "--method", "compacter"]
+    assert _declare.parse(Options, "train", "", given).method.train_norms is True
+    assert _declare.parse(Options, "train", "", [*given, *words]).method.train_norms is False
+    assert _declare.parse(Options, "train", "", [*given, *words, "--method.train_norms"]).method.train_norms is True

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora import RankAllocator
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.core.files import TENSORS
+from lorakit.core.header import with_header
 from lorakit.core.state import deltas_of
 from lorakit.core.stepping import before_step
-from lorakit.errors import BadMethod
+from lorakit.errors import BadAdapterFile, BadMethod
 from lorakit.methods._importance import Budgeted, budget, directions, observe, top
 from lorakit.methods.adalora import AdaLoRA
 from lorakit.methods.dynamic import DynamicLoRA
@@ -129,6 +135,33 @@ def test_what_it_cannot_hold_is_refused_before_anything_changes(kind: type[Budge
         with pytest.raises(BadMethod, match=words):
             lk.attach(model, kind(**fields))
     assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("kind", [AdaLoRA, DynamicLoRA])
+@pytest.mark.parametrize("rank", [17, 2**31 - 1])
+def test_a_file_cannot_ask_for_more_directions_than_a_matrix_has(
+    kind: type[Budgeted], rank: int, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    lk.attach(model, kind(), name="a")
+    lk.save(model, "a", tmp_path)
+    with safe_open(tmp_path / TENSORS, framework="pt") as file:
+        header = json.loads(file.metadata()["lorakit"])
+    narrow = next(placed for placed in header["plan"] if placed["role"] == "attn.v")
+    narrow["rank"] = rank
+    (tmp_path / TENSORS).write_bytes(with_header(load_file(tmp_path / TENSORS), header))
+    with pytest.raises(BadAdapterFile, match=f"rank {rank} is above the matrix of .*the largest rank there is 16"):
+        lk.load(tiny("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [AdaLoRA, DynamicLoRA])
+def test_directions_without_values_are_not_drawn(kind: type[Budgeted]) -> None:
+    model = tiny("llama")
+    lk.attach(model, kind())
+    delta = directions(deltas_of(model, "default"))[0].to_empty(device="meta")
+    before = torch.get_rng_state()
+    delta.refill(0, None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", [AdaLoRA, DynamicLoRA])

@@ -185,13 +185,17 @@ def _known(parser: Any, words: Sequence[str]) -> list[str]:
     A switch may have its value spelled out, as in a file: `--json=true`.
     """
     is_switch = {flag: action.nargs == 0 for action in parser._actions for flag in action.option_strings}
-    known = []
+    known: list[str] = []
     for word in words:
         flag, _, value = word.partition("=")
         if flag.startswith("--") and flag not in is_switch:
             raise LorakitError(f"there is no option {flag}; {nearest(flag, is_switch)}")
+        switch = word if word in ("true", "false") and is_switch.get(known[-1] if known else "") else ""
+        if switch:  # --json false
+            flag, value = known.pop(), switch
         if is_switch.get(flag) and value in ("true", "false"):
-            known += [flag] if value == "true" else []
+            known = [other for other in known if other != flag] + ([flag] if value == "true" else [])
+            parser.set_defaults({flag.removeprefix("--"): False})
         else:
             known.append(word)
     return known

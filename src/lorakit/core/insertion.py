@@ -20,7 +20,7 @@ from lorakit.core.hooks import drop_hooks
 from lorakit.core.positions import UNLABELLED
 from lorakit.core.route import Inserted, Routing
 from lorakit.core.sites import ADAPTERS
-from lorakit.core.stack import Reading
+from lorakit.core.stack import Reading, inputs_of
 from lorakit.core.state import Adapters, State, claim, is_claimed, state_of, state_or_new
 from lorakit.errors import BadData, BadRouting
 
@@ -122,12 +122,19 @@ def is_watched(module: nn.Module) -> bool:
     return lengthen in module._forward_pre_hooks.values()
 
 
+def _given(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of the module's forward, by name or by its place."""
+    if len(args) < 2 or name in kwargs:
+        return kwargs.get(name)
+    return dict(zip(inputs_of(module), args, strict=False)).get(name)
+
+
 def notice_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The model's forward pre-hook: where there are labels for each token, they tell where a target begins."""
     state = state_of(model)
     _claim(state)
     _forget_told(state)
-    labels, reading = kwargs.get("labels"), cast(Reading, state.reading)
+    labels, reading = _given("labels", model, args, kwargs), cast(Reading, state.reading)
     if reading.bidirectional or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return  # what is read is all context
     if isinstance(labels, Tensor) and labels.dim() == 2 and state.context_ends_B is None:

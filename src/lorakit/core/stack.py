@@ -26,7 +26,7 @@ class Reading:
     @classmethod
     def of(cls, stack: nn.Module) -> Self:
         """The reading of a stack, found once: a forward pass looks nothing up."""
-        config, family, names = getattr(stack, "config", None), family_of(stack), _names(stack)
+        config, family, names = getattr(stack, "config", None), family_of(stack), inputs_of(stack)
         return cls(
             tuple(names),
             family.bidirectional,
@@ -51,7 +51,7 @@ def stack_path(model: nn.Module) -> str:
     path = next((site.path for site in sites_of(model) if site.role == "block"), "")
     while path:
         path = path.rpartition(".")[0]
-        if "input_ids" in _names(model.get_submodule(path)):
+        if "input_ids" in inputs_of(model.get_submodule(path)):
             return path
     kind = type(model).__name__
     raise BadMethod(f"{kind} has no blocks that read token ids, so nothing can be put between its tokens")
@@ -92,5 +92,6 @@ def longest_of(stack: nn.Module) -> int | None:
     return most - max(unused, default=0)
 
 
-def _names(module: nn.Module) -> list[str]:
+def inputs_of(module: nn.Module) -> list[str]:
+    """The names of the inputs of a module's forward, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]

@@ -60,7 +60,10 @@ class State:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in nobody's block and awaits no backward."""
-        return self.__dict__ | {"owner": None, "recomputation": Recomputation(), "within": None}
+        return self.__dict__ | {
+            **{"owner": None, "recomputation": Recomputation(), "within": None},
+            **{"context_ends_B": None, "labels_told": False, "repeats": 1},
+        }
 
 
 class Adapters(nn.Module):

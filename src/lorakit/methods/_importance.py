@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.plan import Placement, Plan
+from lorakit.core.experts import shape_of
+from lorakit.core.plan import Placement
 from lorakit.core.replace import BiasMode, bias_placements
-from lorakit.core.sites import Site, weight_at
+from lorakit.core.sites import Site
 from lorakit.errors import BadMethod
 from lorakit.methods._low_rank import LOW_RANK, Factors
 from lorakit.methods._targeted import Rules, Targeted, finite, whole
@@ -95,16 +96,6 @@ class Budgeted(Targeted):
     def _placement(self, site: Site) -> Placement:
         """The placement of one site."""
 
-    def check(self, plan: Plan, model: nn.Module) -> None:
-        """Refuse more room than a matrix has directions."""
-        for placement in plan:
-            if placement.kind != LOW_RANK:
-                continue
-            shape = weight_at(model.get_submodule(placement.path), placement.slice).shape
-            if placement.rank > min(shape):
-                size = f"{shape[0]} x {shape[1]}); the largest rank there is {min(shape)}"
-                raise BadMethod(f"rank {placement.rank} is above the matrix of {placement.path} ({size}")
-
     def before_step(self, deltas: Sequence[Delta], step: int, steps: int) -> None:
         """Refuse a run that is too short for the schedule."""
         del deltas, step
@@ -142,11 +133,22 @@ class Directions(Factors):
     order_R: Tensor
 
     def __init__(self, placement: Placement, module: nn.Module, dropout: float) -> None:
+        self._refuse_more_than_there_are(placement, module)
         super().__init__(placement, module, dropout)
         self.register_buffer("kept_R", torch.ones(placement.rank, dtype=torch.bool), persistent=False)
         self.register_buffer("order_R", torch.arange(placement.rank), persistent=False)
         self._watch("A")
         self._watch("B")
+
+    @staticmethod
+    def _refuse_more_than_there_are(placement: Placement, module: nn.Module) -> None:
+        shape = shape_of(module, placement.parameter)
+        if shape is None:
+            return  # which `Factors` refuses
+        out, inner = placement.slice.width if placement.slice else shape[-2], shape[-1]
+        if placement.rank > min(out, inner):
+            size = f"{out} x {inner}); the largest rank there is {min(out, inner)}"
+            raise BadMethod(f"rank {placement.rank} is above the matrix of {placement.path} ({size}")
 
     def _watch(self, name: str) -> None:
         """Keep averages of a parameter's importance; an adapter's file does without them."""

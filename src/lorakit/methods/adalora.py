@@ -220,6 +220,8 @@ class Triplets(Directions):
     @torch.no_grad()
     def refill(self, first: int, generator: torch.Generator | None) -> None:
         """Random vectors; λ of a fresh triplet is zero."""
+        if self.A.is_meta:
+            return
         for vectors in (self.A[first:], self.B[:, first:]):
             vectors.copy_(STD * torch.randn(vectors.shape, generator=generator, device="cpu"))
         self.E[first:].zero_()

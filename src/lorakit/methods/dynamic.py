@@ -148,6 +148,8 @@ class Masked(Directions):
     @torch.no_grad()
     def refill(self, first: int, generator: torch.Generator | None) -> None:
         """Rows of A as at the start, from U(-1/√in, 1/√in); columns of B zero."""
+        if self.A.is_meta:
+            return
         a_RI, bound = self.A[first:], 1 / math.sqrt(self.layout.in_features)
         a_RI.copy_(bound * (2 * torch.rand(a_RI.shape, generator=generator, device="cpu") - 1))
         self.B[:, first:].zero_()

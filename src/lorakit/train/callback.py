@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorakit.core.attach import parameters
 from lorakit.core.files import save
 from lorakit.core.stepping import after_step, before_step, penalty
 from lorakit.errors import LorakitError
@@ -17,7 +19,7 @@ class FollowMethod(TrainerCallback):
     """Do what an adapter's method does around each step: budgets and masks (AdaLoRA), drawn ranks (DyLoRA), penalties.
 
     Methods without such a part need no callback, and it does nothing for them. A penalty's gradients are added before
-    the optimiser's step, so the Trainer's printed loss is without it.
+    the optimiser's step and clipped with the others; the Trainer's printed loss is without it.
 
     Example:
         ```python
@@ -37,8 +39,11 @@ class FollowMethod(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         added = penalty(kwargs["model"], self.name)
-        if added is not None:
-            added.backward()
+        if added is None:
+            return
+        added.backward()
+        if args.max_grad_norm:  # the Trainer has clipped the loss's own gradients by now
+            torch.nn.utils.clip_grad_norm_(parameters(kwargs["model"], self.name), args.max_grad_norm)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

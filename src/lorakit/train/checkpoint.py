@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file a checkpoint, written whole, two kept, no pickle.
 
-A checkpoint holds the adapter's parameters and the optimiser's state. Learning rate, data order and random state are
+A checkpoint holds the adapter's parameters and buffers and the optimiser's state. Learning rate, data order and random state are
 functions of the seed and the step's number, so the number is all that has to be kept of them.
 """
 

@@ -198,6 +198,7 @@ class _Loop:
             **settings,
             "steps": self.steps,
             "method": record.method.to_json(),
+            "plan": hashlib.sha256(repr(record.plan).encode()).hexdigest(),
             "base": hashlib.sha256(base.encode()).hexdigest(),
             "data": self.feed.digest(),
         }
