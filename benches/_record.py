@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lorakit.version import VERSION
+
 PACKAGES = ("lorakit", "torch", "transformers", "peft")
 
 
@@ -38,6 +40,8 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    if package == "lorakit":
+        return VERSION
     try:
         return version(package)
     except PackageNotFoundError:
