@@ -31,8 +31,11 @@ from lorakit.train import Feed, Train, run
 from lorakit.train.loss import loss_for
 
 BASE, NAME = "minilm-l6", "reviews"
-RATES = {"adalora": 1e-2, "lokr": 1e-2, "prefix-layer": 1e-2, "full": 1e-4, "full-top2": 3e-4, "bitfit": 5e-3, "ia3": 1e-2, "vera": 2e-2}
-RATE, ABOVE_MAJORITY = 2e-3, 0.05  # the learning rate of all other methods
+RATE, ABOVE_MAJORITY = 2e-3, 0.05
+RATES = {  # learning rates other than RATE
+    **dict.fromkeys(("adalora", "lokr", "prefix-layer", "ia3"), 1e-2),
+    **{"full": 1e-4, "full-top2": 3e-4, "bitfit": 5e-3, "vera": 2e-2},
+}
 TIMED = dict(batch=16, tokens=64)
 
 
@@ -57,7 +60,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few examples: shows that it runs, nothing else")
     parser.add_argument("--only", nargs="*", metavar="METHOD", help="these methods alone")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of the docs there")
-    parser.add_argument("--accuracies", type=Path, metavar="FILE", help="keep accuracies there, and find only what it lacks")
+    parser.add_argument("--accuracies", type=Path, metavar="FILE", help="keep accuracies there; find what it lacks")
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else FULL
     methods = chosen(arguments.only)

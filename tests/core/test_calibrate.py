@@ -16,7 +16,7 @@ from lorakit.core.calibrate import calibrate
 from lorakit.core.layouts import layout_of
 from lorakit.core.sites import Site, resolve
 from lorakit.core.statistics import FOLDS, NEEDS, Running, SiteStatistics, merged
-from lorakit.errors import BadData, BadMethod, UnknownName
+from lorakit.errors import BadData, BadMethod, BadState, UnknownName
 from tests.laws.cases import close
 from tests.tiny import tiny, tokens
 
@@ -360,6 +360,8 @@ MISUSES = {
     "infinite loss": (dict(needs=("gradient",), loss=_endless), BadData, "batch 1 gives the loss (nan|inf|-inf)"),
     "vector loss": (dict(needs=("gradient",), loss=_vector), BadData, r"has \(3,\) values"),
     "constant loss": (dict(needs=("gradient",), loss=_constant), BadData, "depends on none"),
+    "no loss": (dict(needs=("gradient",), loss=lambda *_: None), BadData, "loss of calibration batch 1 is a NoneType"),
+    "None": (dict(batches=None), BadData, "batches are a NoneType, not an iterable of mappings"),
     "word": (dict(needs=("input",)), UnknownName, "cannot gather 'input'; did you mean inputs"),
     "embedding": (dict(targets=["embed"]), BadMethod, "embed_tokens is a Embedding; leave it out"),
     "no site": (dict(targets=[]), BadMethod, "no site to calibrate"),
@@ -379,6 +381,37 @@ def test_misuse_is_a_sentence(case: str) -> None:
         batch["attention_mask"] = options.pop("mask")
     with pytest.raises(kind, match=words):
         calibrate(model, sites, options.pop("batches", [batch]), **options)
+
+
+def test_a_text_names_one_need_or_several() -> None:
+    model = tiny("llama")
+    (site,) = resolve(model, ["layers.0.self_attn.q_proj"])
+    one, both = (calibrate(model, [site], [data(model)], needs=n)[site.path, None] for n in ("norms", "norms, inputs"))
+    assert one.norm_in == both.norm_in is not None
+    assert one.inputs is None and both.inputs is not None
+
+
+def test_gradients_are_refused_where_there_can_be_none() -> None:
+    model = tiny("llama")
+    before, sites = snapshot(model), resolve(model, ["attn.q"])
+    with torch.inference_mode():
+        assert calibrate(model, sites, [data(model)])
+        with pytest.raises(BadState, match=r"torch.inference_mode allows no gradients.*outside"):
+            calibrate(model, sites, [data(model)], needs=("gradient",))
+    assert snapshot(model) == before
+
+
+def test_what_lengthens_the_sequence_is_refused() -> None:
+    """Inserted places are no data, and no mask of a batch tells where they are."""
+    model = tiny("llama")
+    sites = resolve(model, ["attn.q"])
+    plain = calibrate(model, sites, [data(model)])
+    lk.attach(model, lk.PrefixEmbedding(prefix=2, infix=1), name="p")
+    with pytest.raises(BadState, match=r"'p' is in force, which puts places of its own.*use\(model, None\)"):
+        calibrate(model, sites, [data(model)])
+    with lk.use(model, None):
+        found = calibrate(model, sites, [data(model)])
+    assert [each.tokens for each in found.values()] == [each.tokens for each in plain.values()]
 
 
 class Routed(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.calibrate import calibrate
-from lorakit.core.choose import NEEDS, By, Choice, choose, normalised_feature_norm, weights_of
+from lorakit.core.choose import NEEDS, By, Choice, check_terms, choose, normalised_feature_norm, weights_of
 from lorakit.core.layouts import LinearLayout, layout_of
 from lorakit.core.sites import Site, resolve
 from lorakit.core.statistics import Key, Moment, SiteStatistics, Statistics
@@ -145,6 +145,14 @@ def test_misuse_is_a_sentence(case: str) -> None:
     changes, words = MISUSES[case]
     with pytest.raises(BadMethod, match=words):
         choose(*toy(**GRADIENTS), **{**dict(budget=100, by="gradient"), **changes})
+
+
+@pytest.mark.parametrize("targets", ["attn.q,attn.qkv", "attn.qkv,attn.k,mlp.up"])
+def test_a_layer_is_not_bought_both_whole_and_in_slices(targets: str) -> None:
+    sites = resolve(tiny("gpt2"), targets.split(","))
+    with pytest.raises(BadMethod, match=r"c_attn is among the candidates as attn.qkv and attn.[qk], which"):
+        check_terms(sites, budget=1000, by="gradient", rank=2)
+    check_terms(resolve(tiny("gpt2"), ["attn.q", "attn.v", "mlp.up"]), budget=1000, by="gradient", rank=2)
 
 
 def test_sites_without_statistics_are_named() -> None:

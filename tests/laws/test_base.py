@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import accelerate
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lorakit as lk
 from lorakit.core.state import adapter_tensors, attached_to
-from lorakit.errors import BadMethod, BadState, LorakitError, NoSuchAdapter, NoSuchTarget
+from lorakit.errors import BadMethod, BadRouting, BadState, LorakitError, NoSuchAdapter, NoSuchTarget
 from tests.laws.cases import (
     adapted,
     bits,
@@ -223,6 +224,15 @@ def test_attach_and_use_say_which_adapter_is_in_force() -> None:
     assert torch.equal(output(model), a)
     lk.detach(model, "a")
     assert torch.equal(output(model), base)
+
+
+@pytest.mark.parametrize("what", [5, [5], [["a"]], {"a": "x"}, {"a": None}, {3: 1.0}, b"a", {"a"}], ids=str)
+def test_what_cannot_be_used_is_said_in_a_sentence(what: Any) -> None:
+    model = adapted("llama", "lora")
+    expected = output(model)
+    with pytest.raises(BadRouting, match=r"use takes a name|the weights of a mixture have to be finite numbers"):
+        lk.use(model, what)
+    assert torch.equal(output(model), expected)
 
 
 def test_entering_use_never_changes_trainability() -> None:

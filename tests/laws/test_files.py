@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import lorakit as lk
 from lorakit.core import atomic, files
+from lorakit.core.experts import shape_of
 from lorakit.core.state import adapter_tensors
 from lorakit.errors import BadAdapterFile, LorakitError, NeverActed
-from tests.laws.cases import adapted, bits, close, every_case, every_dtype, output, same_bits, scramble
+from tests.laws.cases import METHODS, adapted, bits, close, every_case, every_dtype, output, same_bits, scramble
 from tests.tiny import tiny
 
 TENSORS = "adapter_model.safetensors"
@@ -329,6 +330,27 @@ def test_a_tensor_named_twice_is_refused(tmp_path: Path) -> None:
     _break(tmp_path / "a", lambda tensors: tensors.update({key.removeprefix(files.PREFIX): tensors[key] + 1}))
     with pytest.raises(BadAdapterFile, match="twice"):
         lk.load(tiny("llama"), tmp_path / "a")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_slice_in_a_header_is_refused_or_acts(method: str, tmp_path: Path) -> None:
+    lk.save(adapted("gpt2", method), "a", tmp_path)
+    other = tiny("gpt2")
+
+    def cut(header: dict) -> dict:
+        for entry in header["plan"]:
+            shape = shape_of(other.get_submodule(entry["path"]), "weight")
+            if shape is not None and entry["kind"] != "module":
+                entry["slice"] = [0, 8, shape[-2], 1]
+        return header
+
+    _rewritten(tmp_path, cut)
+    try:
+        lk.load(other, tmp_path, "a")
+    except BadAdapterFile:
+        assert not any(module._forward_hooks for module in other.modules())
+    else:
+        output(other)
 
 
 def test_slices_of_alpha_0_survive(tmp_path: Path) -> None:

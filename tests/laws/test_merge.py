@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.core.state import adapter_tensors
 from lorakit.errors import BadRouting, BadState, NotMergeable
+from lorakit.methods.combine import combine
 from tests.laws.cases import (
     adapted,
     bits,
@@ -96,6 +98,41 @@ def test_a_merged_mixture_equals_the_mixture_in_use(family: str, method: str) ->
         zero = output(model)
     with lk.use(model, None):
         assert close(zero, output(model))
+
+
+def test_a_mixture_of_a_layers_input_and_its_output_is_refused() -> None:
+    """(W + w B A)(x + w (l - 1) x) is no weighted sum of W + B A and W diag(l)."""
+    model, down = tiny("gpt2"), {"name": "lora", "rank": 2, "targets": "mlp.down"}
+    for name, method in {"a": combine(down, "bitfit"), "b": lk.IA3(), "c": combine("ia3", down)}.items():
+        lk.attach(model, method, name=name)
+        scramble(model, name)
+    for weights in ({"a": 0.7, "b": -0.4}, {"c": 0.5}, {"b": 0.5, "c": 0.5}):
+        for verb in (lk.use, lk.merge):
+            with pytest.raises(BadRouting, match=r"transformer\.h\.0\.mlp\.c_proj.* mixture"):
+                verb(model, weights)
+    lk.use(model, "c")
+
+
+def test_scaled_inputs_and_biases_of_one_layer_can_be_mixed() -> None:
+    model = tiny("gpt2")
+    for number, (name, method) in enumerate({"a": combine("ia3", "bitfit"), "b": lk.IA3(), "c": lk.BitFit()}.items()):
+        lk.attach(model, method, name=name)
+        scramble(model, name, seed=number)
+    weights = {"a": 0.7, "b": -0.4, "c": 0.5}
+    lk.use(model, weights)
+    mixed = output(model)
+    lk.merge(model, weights)
+    assert close(output(model), mixed)
+
+
+@pytest.mark.parametrize("what", [None, {}, [], ["a"], 5, {"a": "x"}, {"a": None}, {"a": torch.nan}, {3: 1.0}], ids=str)
+def test_what_cannot_be_merged_is_said_in_a_sentence(what: Any) -> None:
+    model = adapted("llama", "lora")
+    before = bits(model)
+    with pytest.raises(BadRouting, match=r"name|weights"):
+        lk.merge(model, what)
+    assert same_bits(bits(model), before)
+    lk.merge(model, "a")  # nothing counts as merged
 
 
 def test_while_merged_nothing_else_is_possible(tmp_path) -> None:

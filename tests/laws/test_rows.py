@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
 import threading
 
 import pytest
 import torch
 
 import lorakit as lk
-from lorakit.core.sites import unbatched
+from lorakit.core.sites import ADAPTERS, unbatched
 from lorakit.core.state import attached_to
 from lorakit.errors import BadRouting, BadState
-from tests.laws.cases import adapted, close, every_case, every_dtype, method_named, output, scramble, waived
+from lorakit.methods.combine import combine
+from tests.laws.cases import (
+    adapted,
+    bits,
+    close,
+    every_case,
+    every_dtype,
+    method_named,
+    output,
+    same_bits,
+    scramble,
+    waived,
+)
 from tests.tiny import inputs, tiny, tokens
 
 
@@ -33,6 +47,23 @@ def test_rows_of_a_mixed_batch_equal_each_alone(family: str, method: str, dtype:
     for number, name in enumerate(rows):
         with lk.use(model, name):
             assert close(mixed[number], output(model, given)[number], tolerance)
+
+
+@pytest.mark.parametrize("parts", [("lora", "dora"), ("dora", "ia3")])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_with_the_same_parts_in_another_order_share_a_batch(parts: tuple, compiled: bool) -> None:
+    model = tiny("gpt2")
+    for number, name in enumerate("ab"):
+        lk.attach(model, combine(*(parts if name == "a" else parts[::-1])), name=name)
+        scramble(model, name, seed=number)
+    rows: list[str | None] = ["a", "b", None, "a"]
+    given = inputs(model, rows=len(rows))
+    with lk.use(model, rows), torch.no_grad():
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        mixed = run(**given)[0]
+    for number, name in enumerate(rows):
+        with lk.use(model, name):
+            assert close(mixed[number], output(model, given)[number])
 
 
 def test_rows_may_use_different_heads() -> None:
@@ -89,6 +120,20 @@ def test_a_batch_of_another_size_is_refused() -> None:
         lk.use(model, [])
 
 
+@pytest.mark.parametrize("other", ["full-top2", "prefix-layer"])
+def test_rows_stay_as_they_are_beside_an_adapter_that_cannot_share_a_batch(other: str) -> None:
+    model = adapted("gpt2", "lora", torch.float32, "a", "b", "c")
+    lk.attach(model, method_named(other), name="alone")
+    rows = ["c", None, "a"]
+    lk.use(model, rows)
+    mixed = output(model)
+    with lk.use(model, "alone"):
+        output(model)
+    assert torch.equal(output(model), mixed)
+    lk.detach(model, "b")
+    assert torch.equal(output(model), mixed)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_generate_refuses_a_batch_that_its_beams_do_not_explain(family: str) -> None:
     model = adapted(family, "lora", torch.float32, "a", "b")
@@ -121,6 +166,62 @@ def test_a_second_thread_is_refused_while_the_model_is_in_use() -> None:
             thread.join()
     assert [str(error).split(" has")[0] for error in caught] == ["another thread"] * 2
     lk.use(model, None)
+
+
+@pytest.mark.parametrize("method", ["full", "prefix-layer", "lora-prefix-layer"])
+def test_a_second_thread_is_refused_while_weights_or_places_are_put_in(method: str) -> None:
+    """Without any block, too: what was put in is there for every thread."""
+    model, caught = adapted("gpt2", method), []
+    expected, before = output(model), bits(model)
+
+    def forward() -> None:
+        try:
+            output(model)
+        except BadState as error:
+            caught.append(str(error))
+
+    def meanwhile(*_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+
+    modules = [module for module in model.modules() if ADAPTERS in module._modules]
+    handles = [module.register_forward_pre_hook(meanwhile) for module in modules]
+    assert torch.equal(output(model), expected)
+    for handle in handles:
+        handle.remove()
+    assert len(caught) >= len(modules) > 0
+    assert all(text.startswith("another thread has this model") for text in caught)
+    assert same_bits(bits(model), before)
+    caught.clear()
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join()
+    assert not caught
+
+
+@pytest.mark.parametrize("method", ["full", "prefix-layer"])
+def test_a_thread_that_was_stopped_within_a_forward_leaves_the_model_free(method: str) -> None:
+    model = adapted("gpt2", method)
+    expected, before = output(model), bits(model)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt  # for which PyTorch calls no hook
+
+    def forward() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            output(model)
+
+    handle = model.transformer.h[1].ln_1.register_forward_pre_hook(stopped)
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join()
+    handle.remove()
+    assert torch.equal(output(pickle.loads(pickle.dumps(model))), expected)
+    assert torch.equal(output(copy.deepcopy(model)), expected)
+    assert torch.equal(output(model), expected)
+    assert same_bits(bits(model), before)
 
 
 def test_a_method_that_cannot_be_routed_says_so() -> None:

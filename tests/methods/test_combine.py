@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lorakit as lk
@@ -17,7 +18,7 @@ from lorakit.core.files import TENSORS, safe_open
 from lorakit.core.method import Method
 from lorakit.core.state import adapter_tensors, attached_to, deltas_of
 from lorakit.core.stepping import after_step, before_step, penalty
-from lorakit.errors import BadAdapterFile, BadRouting, LorakitError, NotMergeable
+from lorakit.errors import BadAdapterFile, BadMethod, BadRouting, LorakitError, NotMergeable
 from lorakit.interop import merge_checkpoint
 from lorakit.methods.combine import Combine, combine
 from tests.laws.cases import bits, close, output, same_bits, scramble
@@ -64,15 +65,20 @@ def test_merged_equals_attached_and_is_the_same_on_disk(family: str, parts: tupl
                      {k: v for k, v in before.items() if ".adapters." not in k})  # fmt: skip
 
 
+@torch.no_grad()
+def _scramble_part(model: nn.Module, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    for delta in deltas_of(model, "a"):
+        for value in delta.parameters() if delta.placement.part == number else ():
+            value += 0.05 * torch.randn(value.shape, generator=generator)
+
+
 @every_pair
 def test_every_part_acts(parts: tuple[Any, ...]) -> None:
     model = _adapted(parts)
     outputs = [output(model)]
     for number in range(1, len(parts) + 1):
-        with torch.no_grad():
-            for delta in deltas_of(model, "a"):
-                for value in delta.parameters() if delta.placement.part == number else ():
-                    value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(number))
+        _scramble_part(model, number)
         outputs.append(output(model))
     assert all(not close(one, other) for one, other in pairwise(outputs))
 
@@ -124,6 +130,17 @@ def test_parts_are_methods_names_or_tables() -> None:
     assert Method.from_json({"name": "lora-prefix-layer"}) == combine("lora", "prefix-embedding", "prefix-layer")
 
 
+def test_a_part_in_python_may_hold_tuples() -> None:
+    listed, grouped = ({"name": "lora", "targets": kind(("attn.q", "attn.v"))} for kind in (list, tuple))
+    assert combine(listed, "ia3") == combine(grouped, "ia3")
+
+
+@pytest.mark.parametrize("parts", [5, None, {"name": "lora"}])
+def test_parts_are_a_list_or_a_text(parts: Any) -> None:
+    with pytest.raises(BadMethod, match=r"parts=.* must be two methods or more"):
+        Combine(parts=parts)
+
+
 def test_heads_of_all_parts_are_trained_once() -> None:
     model = tiny("bert", labels=3)
     method = combine(lk.LoRA(train="classifier"), "bitfit", train="pooler")
@@ -144,7 +161,13 @@ def test_heads_of_all_parts_are_trained_once() -> None:
         (("lora", 3), "not 3"),
         (("lora", {"name": "lora", "rank": 0}), "rank=0"),
         (("lora", {"rank": 2}), "nothing called ''"),
+        (({"name": "lora", "ranks": 5}, "ia3"), "its part lora has a bad ranks: 5"),
+        (({"name": "lora", "dropout": "x"}, "ia3"), "its part lora has a bad dropout: 'x'"),
+        (({"name": "lora", "targets": 5}, "ia3"), "its part lora has a bad targets: 5"),
+        (({"name": "houlsby", "size": None, "colour": 3}, "ia3"), "its part houlsby has a bad size: None"),
+        (("lora", {"name": "ia3", "rank": 3}), "ia3 has no field 'rank'"),
         (({"name": "prefix-embedding", "prefix": 4}, {"name": "prefix-layer", "prefix": 8}), "different numbers"),
+        (("full", "lora", "full-top2"), "full and full both stand in for"),
     ],
 )
 def test_parts_that_make_no_sense_are_refused(parts: tuple[Any, ...], words: str) -> None:
@@ -176,6 +199,45 @@ def test_the_papers_pair_trains_as_many_numbers_on_gpt3(rank: int, parameters: i
         model = GPT2LMHeadModel(GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048))
         lk.attach(model, combine(lk.LoRA(rank=rank), lk.PrefixEmbedding(prefix=8, infix=4)))
     assert lk.summary(model).trainable_parameters == parameters
+
+
+def test_trained_weights_come_before_what_stands_in_for_them() -> None:
+    """LoRA on stacked experts stands in for whatever is there; both act, and the base keeps its bits."""
+    model, experts = tiny("mixtral"), {"name": "lora", "rank": 2, "targets": "mlp.up"}
+    before = bits(model)
+    lk.attach(model, combine(experts, "full"), name="a")
+    for part in (1, 2):
+        fresh = output(model)
+        _scramble_part(model, part)
+        assert not close(output(model), fresh)
+    attached = output(model)
+    assert same_bits({key: value for key, value in bits(model).items() if key in before}, before)
+    lk.merge(model, "a")
+    assert close(output(model), attached)
+    lk.unmerge(model)
+    lk.detach(model, "a")
+    assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize("parts", [("bitfit", "compacter"), ("compacter", "compacter"), ("full", "compacter")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_module_that_a_part_trains_whole_is_left_to_it(parts: tuple[str, ...], turned: bool, tmp_path: Path) -> None:
+    model = _adapted(parts[::-1] if turned else parts, "gpt2")
+    plan = attached_to(model, "a").plan
+    whole = [placement.path for placement in plan if placement.kind == "module"]
+    assert whole and len(set(whole)) == len(whole)
+    assert all(placement.kind == "module" for placement in plan if placement.path in whole)
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    other = tiny("gpt2")
+    lk.load(other, tmp_path / "a")
+    assert torch.equal(output(other), output(model))
+
+
+@pytest.mark.parametrize("parts", [("pfeiffer", "compacter"), ("compacter", "pfeiffer")])
+def test_a_module_is_not_adapted_by_one_part_and_trained_whole_by_another(parts: tuple[str, ...]) -> None:
+    with pytest.raises(BadMethod, match="adapted and trained whole at once"):
+        _adapted(parts, "bert")
 
 
 def test_what_a_part_cannot_do_the_whole_cannot() -> None:

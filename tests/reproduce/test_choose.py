@@ -14,6 +14,7 @@ from lorakit.cli import main
 from lorakit.errors import BadMethod, LorakitError, NoSuchTarget
 from lorakit.reproduce.choosing import Question, answer, fields_of
 from lorakit.reproduce.run import Run, carry_out
+from lorakit.train import Train
 from tests.reproduce.test_run import declared
 
 __all__ = ["declared"]
@@ -35,10 +36,8 @@ def test_what_is_chosen_fits_the_budget_and_can_be_trained(declared: Run, by: st
 
 
 def test_the_command_writes_a_file_to_train_with(declared: Run, tmp_path: Path, capsys) -> None:
-    data = ["--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
-    words = ["--base", declared.base, *data]
     out = tmp_path / "chosen.toml"
-    assert main(["choose", *words, "--budget", "500", "--calibrate_on", "8", "--out", str(out)]) == 0
+    assert main(asked(declared, "--out", str(out))) == 0
     assert "of 500 trained numbers" in capsys.readouterr().out
     written = tomllib.loads(out.read_text())
     assert set(written["method"]["ranks"]) == set(written["method"]["targets"])
@@ -50,17 +49,51 @@ def test_the_command_writes_a_file_to_train_with(declared: Run, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        (dict(budget=0), BadMethod, "positive"),
+        (dict(budget=0), BadMethod, "a budget of 0 trained numbers buys nothing"),
+        (dict(targets=("embed", "norm.mlp")), BadMethod, "embed, norm.mlp hold no linear layer"),
         (dict(budget=10), BadMethod, "buys nothing: the cheapest"),
         (dict(calibrate_on=0), BadMethod, "no data to start from"),
-        (dict(rank=0), BadMethod, "at least 1"),
+        (dict(rank=0), BadMethod, "the largest rank of a site is 0; it has to be at least 1"),
         (dict(by="size"), BadMethod, "one of gradient, variance, nfn"),
         (dict(targets=("nothing",)), NoSuchTarget, "nothing"),
     ],
 )
-def test_what_cannot_be_asked_is_said(declared: Run, fields: dict, error: type, words: str) -> None:
+def test_what_cannot_be_asked_is_said_before_calibration(
+    declared: Run, fields: dict, error: type, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.reproduce.calibration.calibrate", None)
     with pytest.raises(error, match=words):
         answer(question(declared, **fields))
+
+
+def asked(declared: Run, *more: str) -> list[str]:
+    data = ["--data", declared.data.source, "--data.context", "text", "--data.label", "verdict"]
+    return ["choose", "--base", declared.base, *data, "--budget", "500", "--calibrate_on", "8", *more]
+
+
+def test_the_file_declares_the_same_examples(declared: Run, tmp_path: Path) -> None:
+    source = Path(declared.data.source).rename(tmp_path / "filmé 🎬\x7f.csv")
+    declared = replace(declared, data=replace(declared.data, source=str(source)))
+    out = tmp_path / "chosen.toml"
+    settings = Train(batch_size=4, max_length=40, seed=7)
+    words = [f"--train.{name}={getattr(settings, name)}" for name in ("batch_size", "max_length", "seed")]
+    assert main([*asked(declared, "--out", str(out)), *words]) == 0
+    written = tomllib.loads(out.read_text("utf-8"))
+    assert Train(**written["train"]) == settings
+    assert written["data"]["source"] == str(source)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_there_is_not_overwritten(
+    declared: Run, kind: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorakit.cli.choose.answer", None)  # not even asked
+    out = tmp_path / "there"
+    out.write_text("mine") if kind == "file" else out.mkdir()
+    assert main(asked(declared, "--out", str(out))) == 2
+    told = capsys.readouterr().err
+    assert f"{out} exists already" in told if kind == "file" else f"{out} is a folder" in told
+    assert out.is_dir() or out.read_text() == "mine"
 
 
 @pytest.mark.parametrize("init", ["covariance-eva", "covariance-corda", "gradient", "covariance-both", "structured"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lorakit.core.state import adapter_buffers, adapter_tensors
 from lorakit.core.stepping import after_step, before_step, penalty
 from lorakit.errors import BadMethod, LorakitError
 from lorakit.train.callback import FollowMethod
-from tests.laws.cases import METHODS
+from tests.laws.cases import METHODS, output, scramble
 from tests.tiny import tiny, tokens
 from tests.train.small import SETTINGS, examples, feed
 
@@ -54,6 +55,60 @@ def test_a_resumed_run_has_the_same_bits(method: str, tmp_path: Path) -> None:
     assert [key for key in whole if not torch.equal(whole[key], again[key])] == []
     fresh = numbers(model_with(method))
     assert any(not torch.equal(whole[key], fresh[key]) for key in fresh)
+
+
+DRAWING = {
+    "dylora": lk.DyLoRA(),
+    "dropped": lk.Bottleneck.dropped(drop=0, drop_most=1, seed=1),
+    "combine": lk.combine("bitfit", lk.DyLoRA()),
+}
+
+
+def drawing(method: str) -> Any:
+    model = tiny("gpt2")
+    lk.attach(model, DRAWING[method], name="a")
+    scramble(model, "a")
+    return model
+
+
+def in_training(model: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    found = output(model.train())
+    model.eval()
+    return found
+
+
+@pytest.mark.parametrize("method", DRAWING)
+@pytest.mark.parametrize("end", ["error", "close"])
+def test_nothing_that_a_step_drew_outlives_the_run(method: str, end: str) -> None:
+    model, expected = drawing(method), in_training(drawing(method))
+    before_step(model, "a", 1, 9)
+    assert not torch.equal(in_training(model), expected)  # the first step draws something else than the whole
+
+    def fails(module: Any, *args: Any) -> None:
+        if module.training:
+            raise RuntimeError("in the middle of a step")
+
+    broken = model.transformer.register_forward_hook(fails) if end == "error" else None
+    steps = train.run(model, feed(), replace(SETTINGS, steps=9), name="a")
+    with pytest.raises(RuntimeError, match="in the middle") if end == "error" else nullcontext():
+        next(steps)
+    if broken is not None:
+        broken.remove()
+    else:
+        steps.close()
+    fresh = drawing(method)
+    for key, value in adapter_tensors(fresh, "a").items():
+        value.data.copy_(adapter_tensors(model, "a")[key])
+    assert torch.equal(in_training(model), in_training(fresh))
+
+
+def test_a_run_may_end_after_its_adapter_is_gone() -> None:
+    model = drawing("dylora")
+    steps = train.run(model, feed(), SETTINGS, name="a")
+    next(steps)
+    lk.detach(model, "a")
+    steps.close()
 
 
 @every_method
@@ -127,6 +182,25 @@ def test_a_ratio_needs_an_output_side() -> None:
         next(train.run(model_with("bitfit"), feed(), replace(SETTINGS, outer_ratio=4.0), name="a"))
     with pytest.raises(LorakitError, match="outer_ratio=0"):
         replace(SETTINGS, outer_ratio=0.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_that_a_step_drew_outlives_the_trainer(tmp_path: Path) -> None:
+    model = drawing("dropped")
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 64, (4, 6))]
+    given = {"max_steps": 1, "per_device_train_batch_size": 2, "report_to": "none", "use_cpu": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True, **given)
+    rested: list[str] = []
+
+    class Late(FollowMethod):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rested.append("a")  # as where a run is cut short in a step
+
+    Trainer(model, arguments, train_dataset=rows, callbacks=[Late("a")]).train()  # type: ignore[arg-type]
+    fresh = drawing("dropped")
+    for key, value in adapter_tensors(fresh, "a").items():
+        value.data.copy_(adapter_tensors(model, "a")[key])
+    assert rested and torch.equal(in_training(model), in_training(fresh))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,11 +7,14 @@ import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lorakit.cli._show import program, say, table
 from lorakit.core.atomic import write_files
 from lorakit.core.choose import Choice
+from lorakit.errors import OutputExists
 from lorakit.reproduce.choosing import Question, answer, fields_of
+from lorakit.train import Train
 
 SCORES = {"gradient": "gradient energy", "variance": "explained variance", "nfn": "normalised feature norm"}
 
@@ -24,7 +27,14 @@ class Options(Question):
 
 
 def main(options: Options) -> None:
-    """Print the chosen sites and ranks, and how to train with them."""
+    """Print the chosen sites and ranks, and how to train with them.
+
+    Raises:
+        OutputExists: `out` is there already; nothing was asked.
+    """
+    out = Path(options.out) if options.out else None
+    if out is not None:
+        _refuse_present(out)
     question = Question(**{field.name: getattr(options, field.name) for field in fields(Question)})
     choices = answer(question)
     spent = sum(choice.numbers for choice in choices)
@@ -32,11 +42,17 @@ def main(options: Options) -> None:
     columns = ["layer", "role", "rank", "numbers", SCORES[question.by]]
     table(f"{len(choices)} sites for {spent:,} of {question.budget:,} trained numbers", columns, rows, texts=2)
     table("By role", ["role", "sites", "ranks together", "numbers"], _by_role(choices))
-    if options.out:
-        out = Path(options.out)
+    if out is not None:
         write_files(out.parent, {out.name: _toml(question, choices).encode()})
-        say(f"Written to {options.out}. Train with it:")
-        say(f"  {program()} train --config {shlex.quote(options.out)} --out out/chosen")
+        say(f"Written to {out}. Train with it:")
+        say(f"  {program()} train --config {shlex.quote(str(out))} --out out/chosen")
+
+
+def _refuse_present(out: Path) -> None:
+    if out.is_dir():
+        raise OutputExists(f"{out} is a folder; give --out the name of a new TOML file")
+    if out.exists():
+        raise OutputExists(f"{out} exists already; give --out the name of a new TOML file")
 
 
 def _by_role(choices: list[Choice]) -> list[list[object]]:
@@ -49,11 +65,18 @@ def _by_role(choices: list[Choice]) -> list[list[object]]:
 
 
 def _toml(question: Question, choices: list[Choice]) -> str:
-    """The run that the question and its answer declare; JSON's texts, lists and keys are TOML's."""
+    """The run that the question and its answer declare."""
     chosen = fields_of(choices)
     data = {key: value for key, value in asdict(question.data).items() if value not in (None, ())}
-    tables = {"data": data, "method": {"targets": chosen.targets}, "method.ranks": chosen.ranks}
-    lines = [f"base = {json.dumps(question.base)}"]
+    train = {key: value for key, value in asdict(question.train).items() if value != getattr(Train(), key)}
+    tables: dict[str, dict[str, Any]] = {"data": data} | ({"train": train} if train else {})
+    tables |= {"method": {"targets": chosen.targets}, "method.ranks": chosen.ranks}
+    lines = [f"base = {_value(question.base)}"]
     for name, values in tables.items():
-        lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items())]
+        lines += ["", f"[{name}]", *(f"{_value(key)} = {_value(value)}" for key, value in values.items())]
     return "\n".join([*lines, ""])
+
+
+def _value(value: object) -> str:
+    """JSON's texts, numbers and lists are TOML's, but for two halves of one character and for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -14,12 +14,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.insertion import inserts_of
 from lorakit.core.layouts import LinearLayout
+from lorakit.core.method import split
 from lorakit.core.mode import mode
 from lorakit.core.positions import Positions, positions_of
 from lorakit.core.sites import Site
+from lorakit.core.state import state_or_new
 from lorakit.core.statistics import FOLDS, NEEDS, Moment, Running, SiteStatistics, Statistics, merged
-from lorakit.errors import BadData, BadMethod, UnknownName, nearest
+from lorakit.errors import BadData, BadMethod, BadState, UnknownName, nearest
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
@@ -29,7 +32,7 @@ def calibrate(
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Any]],
     *,
-    needs: Collection[str] = ("inputs",),
+    needs: Collection[str] | str = ("inputs",),
     loss: Loss | None = None,
     labelled_only: bool = False,
     share: bool = True,
@@ -44,13 +47,15 @@ def calibrate(
         model: any model whose forward takes the entries of a batch as keywords.
         sites: Linear or Conv1D layers, or slices of them.
         batches: mappings of forward's keywords to tensors; any iterable, read once.
-        needs: what to gather: inputs, outputs, errors, folds, gradient, norms (fields of `SiteStatistics`).
+        needs: what to gather: inputs, outputs, errors, folds, gradient, norms (fields of `SiteStatistics`); names, or
+            a text of them with commas.
         loss: `loss(model, batch)` runs the forward and gives the loss; by default `model(**batch).loss`.
-        labelled_only: count only positions whose label is not -100.
+        labelled_only: count only positions that have a label.
         share: gather once for layers that see the same tensor (q, k, v).
 
     Raises:
         BadMethod: a site without a weight matrix of a linear layer.
+        BadState: an adapter is in force that makes sequences longer, or gradients are wanted in `inference_mode`.
         BadData: no data, NaN or infinity (names batch and layer), a batch without a loss, a layer that saw nothing.
 
     Example:
@@ -61,10 +66,12 @@ def calibrate(
         >>> [(path, found.tokens, found.inputs.covariance_DD.shape) for (path, _), found in statistics.items()]
         [('transformer.h.0.attn.c_attn', 6, torch.Size([8, 8]))]
     """
-    unknown = sorted(set(needs) - set(NEEDS))
+    wanted = frozenset(split(needs) if isinstance(needs, str) else needs)
+    unknown = sorted(wanted - set(NEEDS))
     if unknown:
         raise UnknownName(f"calibration cannot gather {unknown[0]!r}; {nearest(unknown[0], NEEDS)}")
-    gatherer = _Gatherer(model, sites, frozenset(needs), share)
+    gatherer = _Gatherer(model, sites, wanted, share)
+    _check_state(model, graded=gatherer.graded)
     with ExitStack() as held:
         held.enter_context(mode(model, training=False))
         held.enter_context(_frozen(model))
@@ -79,13 +86,20 @@ def _pass(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     before = 0
-    for number, given in enumerate(batches, 1):
+    for number, given in enumerate(_each(batches), 1):
         if not isinstance(given, Mapping):
             raise BadData(f"batch {number} is a {type(given).__name__}, not a mapping of forward's keywords")
         batch = {key: value.detach().to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
         positions = positions_of(batch, number, before, labelled_only=labelled_only, two_sided=two_sided)
         gatherer.take(model, batch, positions, loss)
         before += positions.rows
+
+
+def _each(batches: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(batches)
+    except TypeError:
+        raise BadData(f"the batches are a {type(batches).__name__}, not an iterable of mappings") from None
 
 
 @contextmanager
@@ -292,6 +306,16 @@ def _check(model: nn.Module, sites: Sequence[Site]) -> None:
             raise BadMethod(f"calibration needs Linear or Conv1D layers, but {site.path} is a {kind}; leave it out")
 
 
+def _check_state(model: nn.Module, *, graded: bool) -> None:
+    state = state_or_new(model)
+    if any(inserts_of(state)) and state.routing is not None:
+        name = state.routing.names[0]
+        raise BadState(f"{name!r} is in force, which puts places of its own into every sequence, and they are no data; "
+                       "calibrate in `with use(model, None):`")  # fmt: skip
+    if graded and torch.is_inference_mode_enabled():
+        raise BadState("torch.inference_mode allows no gradients; gather them outside of it")
+
+
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     found: Tensor | None = getattr(model(**batch), "loss", None)
     if found is None:
@@ -299,7 +323,10 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def _checked(number: int, loss: Tensor) -> Tensor:
+def _checked(number: int, loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        kind = type(loss).__name__
+        raise BadData(f"the loss of calibration batch {number} is a {kind}; it has to be a tensor of one number")
     if loss.numel() != 1:
         raise BadData(f"the loss of calibration batch {number} has {tuple(loss.shape)} values; it has to be one number")
     if not bool(loss.isfinite()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Final, Literal, get_args
 
 import torch
@@ -75,11 +76,12 @@ def choose(
     after another, from the lowest normalised feature norm on.
 
     Raises:
-        BadMethod: a budget below the cheapest single direction, or statistics that were not gathered.
+        BadMethod: what `check_terms` refuses, or statistics that were not gathered.
     """
-    if by not in get_args(By):
-        raise BadMethod(f"weights are chosen by one of {', '.join(get_args(By))}, not by {by!r}")
-    _check(sites, statistics, budget, rank)
+    absent = [site.path for site in sites if (site.path, site.slice) not in statistics or site.layout is None]
+    if absent or not sites:
+        raise BadMethod(f"there are no statistics of {', '.join(absent[:5]) or 'any site'}; calibrate it first")
+    check_terms(sites, budget=budget, by=by, rank=rank)
     found = [statistics[site.path, site.slice] for site in sites]
     if by == "nfn":
         matrices = (weights[site.path, site.slice] for site in sites)
@@ -89,10 +91,15 @@ def choose(
     return _by_gain(sites, [gains(each, _most(site, rank)) for site, each in zip(sites, found, strict=True)], budget)
 
 
-def _check(sites: Sequence[Site], statistics: Statistics, budget: int, rank: int) -> None:
-    absent = [site.path for site in sites if (site.path, site.slice) not in statistics or site.layout is None]
-    if absent or not sites:
-        raise BadMethod(f"there are no statistics of {', '.join(absent[:5]) or 'any site'}; calibrate it first")
+def check_terms(sites: Sequence[Site], *, budget: int, by: By, rank: int) -> None:
+    """Refuse what no statistics of these linear layers could answer, so that none need be gathered.
+
+    Raises:
+        BadMethod: no such criterion, a rank below 1, a budget below the cheapest single direction, or weights that are
+            among the candidates twice.
+    """
+    if by not in get_args(By):
+        raise BadMethod(f"weights are chosen by one of {', '.join(get_args(By))}, not by {by!r}")
     if rank < 1:
         raise BadMethod(f"the largest rank of a site is {rank}; it has to be at least 1")
     cheapest = min(sites, key=_cost)
@@ -101,6 +108,25 @@ def _check(sites: Sequence[Site], statistics: Statistics, budget: int, rank: int
             f"a budget of {budget} trained numbers buys nothing: the cheapest site, {cheapest.path}, "
             f"takes {_cost(cheapest)} for rank 1"
         )
+    _refuse_overlaps(sites)
+
+
+def _refuse_overlaps(sites: Sequence[Site]) -> None:
+    by_path: dict[str, list[Site]] = {}
+    for site in sites:
+        by_path.setdefault(site.path, []).append(site)
+    for path, own in by_path.items():
+        for one, other in combinations(own, 2):
+            if torch.isin(_units(one), _units(other)).any():
+                raise BadMethod(f"{path} is among the candidates as {one.role} and {other.role}, which share weights "
+                                "that would be bought twice; leave out one of the two")  # fmt: skip
+
+
+def _units(site: Site) -> Tensor:
+    """The numbers of the layer's output units that a site has."""
+    assert site.layout is not None
+    units_O = torch.arange(site.layout.out_features)
+    return units_O if site.slice is None else site.slice.take(units_O)
 
 
 def _cost(site: Site) -> int:

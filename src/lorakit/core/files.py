@@ -27,7 +27,7 @@ from lorakit.core.method import Method, method_of_peft
 from lorakit.core.named import fill
 from lorakit.core.plan import BIAS, MODULE, Placement, Plan, misplaced
 from lorakit.core.sites import modules_of
-from lorakit.core.state import Attached, attached_to, deltas_of, idle
+from lorakit.core.state import Attached, attached_to, deltas_of, idle, own_deltas_of
 from lorakit.errors import BadAdapterFile, LorakitError, NeverActed
 
 BaseTensor = Callable[[str], Tensor | None]  # a name -> the base's tensor of that name, if there is one
@@ -63,7 +63,7 @@ def save(model: nn.Module, name: str, folder: str | Path) -> None:
             f"{len(resting)} of {name!r}'s layers never acted since attaching, so they learned nothing: "
             f"{', '.join(resting[:3])}; choose targets that the model's forward uses"
         )
-    config, tensors = record.method.to_peft([delta for delta in deltas if not delta.placement.is_replaced])
+    config, tensors = record.method.to_peft(own_deltas_of(model, name))
     tensors |= _replaced(record.plan, deltas)
     tensors = {_key(model, name): _written(name, value) for name, value in tensors.items()}
     files = {TENSORS: with_header(tensors, header_of(model, record)), CONFIG: _config(model, record, config)}

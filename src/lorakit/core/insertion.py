@@ -21,7 +21,7 @@ from lorakit.core.positions import UNLABELLED
 from lorakit.core.route import Inserted, Routing
 from lorakit.core.sites import ADAPTERS
 from lorakit.core.stack import Reading, inputs_of
-from lorakit.core.state import Adapters, State, claim, is_claimed, state_of, state_or_new
+from lorakit.core.state import Adapters, State, claim, free, hold, is_claimed, is_held, state_of, state_or_new
 from lorakit.errors import BadData, BadRouting
 
 Numbers = tuple[int, int]  # places before the tokens, and between context and target
@@ -159,10 +159,12 @@ def lengthen(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """The stack's forward pre-hook: put the routed method's places into the sequence."""
     state = cast(Adapters, stack._modules[ADAPTERS]).state
     _claim(state)
-    state.within = None
     numbers = inserts_of(state)
     if not any(numbers):
+        state.within = None
         return args, kwargs
+    _hold(state, stack)
+    state.within = None
     reading = cast(Reading, state.reading)
     given = dict(zip(reading.names, args, strict=False)) | kwargs
     given.pop("cache_position", None)  # the stack counts its own
@@ -176,16 +178,23 @@ def lengthen(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def shorten(stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """The stack's forward hook: take the places out of the hidden states again."""
     state = cast(Adapters, stack._modules[ADAPTERS]).state
-    within = state.within
-    if within is None or within.inserted is None or is_claimed(state):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and is_held(state, stack):
         return output
-    state.within = None
-    return _kept(output, within.inserted)
+    within, state.within = state.within, None
+    if not compiling:
+        free(state, stack)
+    return output if within is None or within.inserted is None else _kept(output, within.inserted)
 
 
 def _claim(state: State) -> None:
     if not torch.compiler.is_compiling():
         claim(state, recomputing=torch._C._current_graph_task_id() != -1)
+
+
+def _hold(state: State, stack: nn.Module) -> None:
+    if not torch.compiler.is_compiling():
+        hold(state, stack, recomputing=torch._C._current_graph_task_id() != -1)
 
 
 def _length_of(cache: Any) -> int:

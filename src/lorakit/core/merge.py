@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Delta, changes_input, stands_in
 from lorakit.core.routing import depart, hook, routing_for, unhook
 from lorakit.core.state import State, adapters_of, claim, require_unmerged, state_of
-from lorakit.errors import BadState, NotMergeable
+from lorakit.errors import BadRouting, BadState, NotMergeable
 
 Parts = Sequence[tuple[list[Delta], float | None]]
 
@@ -27,6 +27,7 @@ def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
 
     Raises:
         NotMergeable: a delta is not a change of weights, or gives a value that is not finite.
+        BadRouting: neither a name nor a mixture.
         BadState: something is merged already. The model is untouched after any error.
 
     Example:
@@ -39,6 +40,8 @@ def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
     state = state_of(model)
     claim(state)
     require_unmerged(state, "merge")
+    if not what or not isinstance(what, str | Mapping):
+        raise BadRouting(f"merge takes an adapter's name or a mapping {{name: weight}}, not {what!r}")
     weights = {what: None} if isinstance(what, str) else dict(what)
     routing_for(model, what)
     try:

@@ -36,6 +36,7 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named constructors: a name, and the fields it sets
     waives: ClassVar[Mapping[str, str]] = {}  # laws that it is free of (fresh, merge, rows), and why
     reads_base: ClassVar[bool] = False  # whether its deltas read the base's weight, so that none may act before them
+    replaces_weights: ClassVar[bool] = False  # whether its deltas are the module's weights while it runs
 
     train: tuple[str, ...] | str = ()  # modules trained whole and saved with the adapter, e.g. classifier
 
@@ -118,6 +119,10 @@ class Method(ABC):
     def after_step(self, deltas: Sequence[Delta], step: int, steps: int) -> None:
         """Called after the optimiser's step, while the gradients are still there."""
         del deltas, step, steps
+
+    def rest(self, deltas: Sequence[Delta]) -> None:
+        """Called when training pauses or ends, also by an error: forget what was drawn for a step."""
+        del deltas
 
     def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
         """The fields of PEFT's config that describe these deltas, and their tensors by their names in the file."""

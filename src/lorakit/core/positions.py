@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakit.core.statistics import FOLDS
 from lorakit.errors import BadData
 
-UNLABELLED: Final = -100  # what cross-entropy ignores
+UNLABELLED: Final = -100  # the label of a position from which nothing is learned: what PyTorch's cross-entropy ignores
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,8 @@ class Routing:
             return None
         if self.rows is None:
             return self
-        return Routing(names, rows=tuple(-1 if n < 0 else names.index(self.names[n]) for n in self.rows))
+        kept = tuple(name for name in self.names if name in names)  # others may not be able to share a batch
+        return Routing(kept, rows=tuple(-1 if n < 0 else kept.index(self.names[n]) for n in self.rows))
 
 
 def mark_of(routing: Routing | None) -> Tensor:

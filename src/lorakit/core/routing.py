@@ -19,10 +19,23 @@ from torch import Tensor, nn
 from lorakit.core.delta import Delta, act_on_rows, before_rows, changes_input, stands_in
 from lorakit.core.hooks import drop_hooks
 from lorakit.core.insertion import generate_after_context, inserts_of
+from lorakit.core.plan import BIAS
 from lorakit.core.recompute import marked
 from lorakit.core.route import Routing
 from lorakit.core.sites import ADAPTERS, unbatched
-from lorakit.core.state import Adapters, State, attached_to, claim, deltas_of, require_unmerged, state_of
+from lorakit.core.state import (
+    Adapters,
+    State,
+    adapters_of,
+    attached_to,
+    claim,
+    deltas_of,
+    free,
+    hold,
+    is_held,
+    require_unmerged,
+    state_of,
+)
 from lorakit.errors import BadRouting
 
 What = str | None | Sequence[str | None] | Mapping[str, float]
@@ -38,7 +51,7 @@ class use:  # noqa: N801 - a verb that is also a context manager, like torch.no_
     Raises:
         NoSuchAdapter: a name that is not attached.
         BadState: an adapter is merged, or another thread has the model in use.
-        BadRouting: an empty list, or a method that cannot be mixed or routed by row.
+        BadRouting: something else than that, an empty list, or a method that cannot be mixed or routed by row.
 
     Example:
         >>> import lorakit as lk
@@ -72,6 +85,9 @@ class use:  # noqa: N801 - a verb that is also a context manager, like torch.no_
 
 def routing_for(model: nn.Module, what: What) -> Routing | None:
     """Turn what a user says into explicit state, checking every name."""
+    if not _is_understood(what):
+        raise BadRouting(f"use takes a name, None, a list of those for the rows of a batch, or {{name: weight}}, not "
+                         f"{what!r}")  # fmt: skip
     if what is None:
         return None
     if isinstance(what, str):
@@ -84,16 +100,44 @@ def routing_for(model: nn.Module, what: What) -> Routing | None:
     return _by_row(model, what)
 
 
+def _is_understood(what: object) -> bool:
+    if isinstance(what, Mapping):
+        return all(isinstance(name, str) for name in what)
+    rows = what if isinstance(what, Sequence) else (what,)
+    return all(name is None or isinstance(name, str) for name in rows)
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return math.isfinite(weight)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a text, a tensor of several numbers
+        return False
+
+
 def _mixture(model: nn.Module, weights: Mapping[str, float]) -> Routing:
     for name in weights:
         attached_to(model, name)
-    if not all(math.isfinite(weight) for weight in weights.values()):
+    if not all(map(_is_finite, weights.values())):
         raise BadRouting(f"the weights of a mixture have to be finite numbers, not {dict(weights)}")
     for name in weights:
         if unmixed := next((delta for delta in deltas_of(model, name) if not delta.mixes), None):
             raise BadRouting(f"{name!r} cannot be part of a mixture: {unmixed.placement.kind} is no change of "
                              "outputs that could be weighted")  # fmt: skip
+    _refuse_two_sides(model, tuple(weights))
     return Routing(tuple(weights), weights=tuple(float(weight) for weight in weights.values()))
+
+
+def _refuse_two_sides(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Refuse changes of a layer's input beside those of its output: mixed, they are no change of its weight.
+
+    A trained bias does not depend on the input.
+    """
+    for path, _, adapters in adapters_of(model):
+        deltas = [each for name in names for each in adapters.deltas(name) if each.placement.kind != BIAS]
+        kinds = {changes_input(delta): delta.placement.kind for delta in deltas}
+        if len(kinds) > 1:
+            raise BadRouting(f"at {path}, {kinds[True]} changes the layer's input and {kinds[False]} what it makes of "
+                             "it, which cannot be parts of one mixture; use these adapters one at a time")  # fmt: skip
 
 
 def _by_row(model: nn.Module, rows: Sequence[str | None]) -> Routing:
@@ -142,9 +186,7 @@ def _generate_by_row(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state.repeats = 1
 
 
-def prepare(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def prepare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The forward pre-hook of modules whose input or weights an adapter changes."""
     adapters = cast(Adapters, module._modules[ADAPTERS])
     depart(module)
@@ -152,6 +194,7 @@ def prepare(
     if routing is None:
         return args, kwargs
     if routing.rows_B is None:
+        _hold(module, adapters, routing)
         shares = [None] if routing.weights_N is None else routing.weights_N.unbind()
         for key, share in zip(routing.keys, shares, strict=True):
             for delta in adapters.at(key):
@@ -160,10 +203,16 @@ def prepare(
     return ((x, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x})
 
 
+def _hold(module: nn.Module, adapters: Adapters, routing: Routing) -> None:
+    putting_in = any(stands_in(delta) for key in routing.keys for delta in adapters.at(key))
+    if putting_in and not torch.compiler.is_compiling():
+        hold(adapters.state, module, recomputing=_is_recomputing())
+
+
 def _prepared(adapters: Adapters, routing: Routing, x: Any) -> Any:
     if routing.rows_B is not None:
-        slots = adapters.at_slots(routing.keys).values()
-        early = [deltas for deltas in slots if any(delta is not None and changes_input(delta) for delta in deltas)]
+        turns = adapters.turns(routing.keys)
+        early = [deltas for deltas in turns if any(delta is not None and changes_input(delta) for delta in deltas)]
         rows_B = _fit_rows(adapters.state, routing.rows_B.to(x.device), x) if early else routing.rows_B
         for deltas in early:
             x = before_rows(deltas, rows_B, x)
@@ -186,9 +235,15 @@ def depart(module: nn.Module, args: tuple[Any, ...] = (), output: Any = None) ->
 
     Ctrl-C keeps PyTorch from calling it, so whoever needs the base's weights calls it first.
     """
-    for children in cast(Adapters, module._modules[ADAPTERS])._modules.values():
-        for delta in cast(nn.ModuleDict, children)._modules.values():
-            cast(Delta, delta).leave(module)
+    adapters = cast(Adapters, module._modules[ADAPTERS])
+    compiling = torch.compiler.is_compiling()
+    if not compiling and is_held(adapters.state, module):
+        return
+    for key in reversed(list(adapters._modules)):  # the last to enter found what the others had put in
+        for delta in reversed(adapters.at(key)):
+            delta.leave(module)
+    if not compiling:
+        free(adapters.state, module)
 
 
 def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -209,8 +264,12 @@ def _routing(module: nn.Module, adapters: Adapters, place: object) -> Routing | 
     present = state.routing if state.within is None else state.within
     if torch.compiler.is_compiling():
         return present
-    claim(state, recomputing=torch._C._current_graph_task_id() != -1)
+    claim(state, recomputing=_is_recomputing())
     return state.recomputation.routing(present, place, training=module.training)
+
+
+def _is_recomputing() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,11 +298,11 @@ def _mixed(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
 
 
 def _on_rows(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
-    slots = adapters.at_slots(routing.keys).values()
-    if not slots:  # whatever is here takes no part, so this need not be a layer whose first dimension is the batch
+    turns = adapters.turns(routing.keys)
+    if not turns:  # whatever is here takes no part, so this need not be a layer whose first dimension is the batch
         return y
     rows_B = _fit_rows(adapters.state, cast(Tensor, routing.rows_B).to(y.device), y)
-    for deltas in slots:
+    for deltas in turns:
         y = act_on_rows(deltas, rows_B, x, y)
     return y
 

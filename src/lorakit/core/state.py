@@ -48,6 +48,7 @@ class State:
     attributes: dict[str, Any] = field(default_factory=dict)  # the model's own, where ours stand in for them
     repeats: int = 1  # how often `generate` repeats each row, while it runs
     owner: int | None = None  # the thread whose `with use(...)` is open
+    busy: dict[int, int] = field(default_factory=dict)  # module (its id) in which something stands in -> its thread
     recomputation: Recomputation = field(default_factory=Recomputation)
     context_ends_B: Tensor | None = None  # where the contexts of the present batch end, if a caller or labels told
     labels_told: bool = False
@@ -61,7 +62,7 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in nobody's block and awaits no backward."""
         return self.__dict__ | {
-            **{"owner": None, "recomputation": Recomputation(), "within": None},
+            **{"owner": None, "busy": {}, "recomputation": Recomputation(), "within": None},
             **{"context_ends_B": None, "labels_told": False, "repeats": 1},
         }
 
@@ -84,12 +85,22 @@ class Adapters(nn.Module):
         slots = self._modules.get(key)
         return [] if slots is None else cast(list[Delta], list(slots._modules.values()))
 
-    def at_slots(self, keys: tuple[str, ...]) -> dict[str, list[Delta | None]]:
-        """For each slot that any of the adapters uses here, their deltas in the order of `keys`."""
+    def turns(self, keys: tuple[str, ...]) -> list[list[Delta | None]]:
+        """Which deltas act here one after another, each time those of all adapters in the order of `keys`.
+
+        A slot that several adapters use is one turn, unless they have their slots in different orders: then each
+        adapter has turns of its own.
+        """
         children = [self._modules.get(key) for key in keys]
-        slots = dict.fromkeys(slot for child in children if child is not None for slot in child._modules)
-        found = {slot: [None if c is None else c._modules.get(slot) for c in children] for slot in slots}
-        return cast(dict[str, list[Delta | None]], found)
+        own = [[] if child is None else list(child._modules) for child in children]
+        slots = list(dict.fromkeys(slot for each in own for slot in each))
+        if all(each == [slot for slot in slots if slot in each] for each in own):
+            turns = [(slot, range(len(keys))) for slot in slots]
+        else:
+            turns = [(slot, range(number, number + 1)) for number, each in enumerate(own) for slot in each]
+        found = [[c._modules.get(slot) if c is not None and n in who else None for n, c in enumerate(children)]
+                 for slot, who in turns]  # fmt: skip
+        return cast(list[list[Delta | None]], found)
 
     def add(self, name: str, delta: Delta) -> None:
         """Put a delta into its slot."""
@@ -172,6 +183,11 @@ def deltas_of(model: nn.Module, name: str) -> list[Delta]:
     return sorted(found, key=lambda delta: order[delta.placement.path, delta.placement.slot])
 
 
+def own_deltas_of(model: nn.Module, name: str) -> list[Delta]:
+    """The deltas of one adapter that are its method's own: not those of modules and biases trained whole."""
+    return [delta for delta in deltas_of(model, name) if not delta.placement.is_replaced]
+
+
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The adapter's own parameters by `<module path>.<slot>.<parameter>`, in the order of its plan (live tensors)."""
     return cast(dict[str, nn.Parameter], _distinct(model, name, nn.Module.named_parameters))
@@ -206,11 +222,56 @@ def require_unmerged(state: State, verb: str) -> None:
 
 
 def is_claimed(state: State) -> bool:
-    """Whether a `with use(...)` of another thread is open."""
-    return state.owner is not None and state.owner != threading.get_ident()
+    """Whether another thread has a `with use(...)` open, or was the first to put something into a module."""
+    if state.owner is not None and state.owner != threading.get_ident():
+        return True
+    return bool(state.busy) and not _is_first(state)
+
+
+def _is_first(state: State) -> bool:
+    """Whether no other thread came before this one; threads that are gone do not count."""
+    me = threading.get_ident()
+    if next(iter(list(state.busy.values())), me) == me:
+        return True
+    alive = {me, *(thread.ident for thread in threading.enumerate())}
+    for module, thread in list(state.busy.items()):
+        if thread not in alive:
+            state.busy.pop(module, None)
+    return next(iter(list(state.busy.values())), me) == me
 
 
 def claim(state: State, *, recomputing: bool = False) -> None:
-    """Refuse a second thread while a `with use(...)` of another is open (backward has threads of its own)."""
+    """Refuse a second thread while another has the model in use (backward has threads of its own).
+
+    Raises:
+        BadState: a `with use(...)` of another thread is open, or its forward has put something into the model.
+    """
     if is_claimed(state) and not recomputing:
-        raise BadState("another thread has this model in a `with use(...)` block; give each thread a model of its own")
+        raise BadState("another thread has this model in use, in a `with use(...)` block or in a forward that changes "
+                       "weights or lengthens the sequence; give each thread a model of its own")  # fmt: skip
+
+
+def hold(state: State, module: nn.Module, *, recomputing: bool = False) -> None:
+    """Let no other thread run the model until `free`, since this one puts something into a module; the first wins.
+
+    Raises:
+        BadState: another thread has the model in use.
+    """
+    state.busy.setdefault(id(module), threading.get_ident())
+    try:
+        claim(state, recomputing=recomputing)
+    except BadState:
+        if not is_held(state, module):
+            free(state, module)
+        raise
+    state.busy.setdefault(id(module), threading.get_ident())  # again, after one that is gone
+
+
+def is_held(state: State, module: nn.Module) -> bool:
+    """Whether another thread has put something into this module."""
+    return state.busy.get(id(module), threading.get_ident()) != threading.get_ident() and not _is_first(state)
+
+
+def free(state: State, module: nn.Module) -> None:
+    """End `hold`."""
+    state.busy.pop(id(module), None)

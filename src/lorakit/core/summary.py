@@ -9,7 +9,7 @@ from torch import nn
 from lorakit.core.experts import shape_of
 from lorakit.core.plan import Placement
 from lorakit.core.sites import ADAPTERS
-from lorakit.core.state import attached_to, deltas_of, idle, state_of
+from lorakit.core.state import attached_to, deltas_of, idle, own_deltas_of, state_of
 
 FLOAT = 4  # bytes of a float32 master
 ADAM = 2 * FLOAT  # bytes of AdamW's two moments
@@ -102,8 +102,7 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
         seen |= new
     own = list(seen.values())
     whole = [p for delta in deltas if delta.placement.is_replaced for p in delta.parameters()]
-    theirs = [delta for delta in deltas if not delta.placement.is_replaced]
-    stored = [*record.method.to_peft(theirs)[1].values(), *whole]
+    stored = [*record.method.to_peft(own_deltas_of(model, name))[1].values(), *whole]
     return AdapterSummary(
         name=name,
         method=record.method.name,

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorakit.core.positions import UNLABELLED
 from lorakit.data.tokens import Encoded
 from lorakit.errors import BadData
 
-UNLABELLED = -100  # what PyTorch's cross-entropy ignores
 WINDOW_BATCHES = 50
 
 
@@ -25,7 +25,7 @@ class Batch:
 
     ids_BT: Tensor  # int64
     attention_BT: Tensor  # int64, 1 where there is a token
-    labels_BT: Tensor  # int64, -100 where nothing is to be learned
+    labels_BT: Tensor  # int64, UNLABELLED where nothing is to be learned
     classes_B: Tensor | None  # int64, for classification
 
 

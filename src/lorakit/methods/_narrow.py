@@ -19,6 +19,7 @@ from lorakit.core.delta import Delta
 from lorakit.core.layouts import layout_of
 from lorakit.core.plan import Placement
 from lorakit.errors import BadMethod
+from lorakit.methods._targeted import refuse_slice
 
 Activation = Literal["relu", "gelu", "silu"]
 Start = Literal["truncated", "normal"]
@@ -145,6 +146,7 @@ class NarrowDelta(Delta):
     def __init__(
         self, placement: Placement, module: nn.Module, parts: BottleneckParts, *, drop: int, drop_most: int
     ) -> None:
+        refuse_slice(placement)
         super().__init__(placement, layout_of(module))
         self.norm, self.down, self.up = parts.norm, parts.down, parts.up
         self.activation = parts.activation

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from lorakit.core.method import Method
+from lorakit.core.plan import Placement
 from lorakit.core.sites import Site, matching, resolve
 from lorakit.errors import BadMethod
 
@@ -60,6 +61,17 @@ def refuse(method: Method, rules: Rules) -> None:
     """
     if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
         raise BadMethod(f"{type(method).__name__} cannot be built so: {'; '.join(faults)}")
+
+
+def refuse_slice(placement: Placement) -> None:
+    """Refuse a part of a layer where only the whole will do, as a file may ask for.
+
+    Raises:
+        BadMethod: the placement has a slice.
+    """
+    if placement.slice is not None:
+        raise BadMethod(f"{placement.path} cannot hold {placement.kind!r} for a part of its output {placement.slice}; "
+                        "give no slice")  # fmt: skip
 
 
 def whole(name: str, value: object, least: int = 1) -> tuple[str, object, str, bool]:

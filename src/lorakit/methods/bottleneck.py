@@ -183,6 +183,15 @@ class Bottleneck(Method):
             for delta in _narrow(deltas):
                 delta.rests_in_training = delta.depth < left_out
 
+    def after_step(self, deltas: Sequence[Delta], step: int, steps: int) -> None:
+        """Between steps every adapter is in use."""
+        self.rest(deltas)
+
+    def rest(self, deltas: Sequence[Delta]) -> None:
+        """Every adapter is in use."""
+        for delta in _narrow(deltas):
+            delta.rests_in_training = False
+
     @staticmethod
     def leave_out(model: nn.Module, name: str, blocks: int) -> None:
         """From now on, inference does without an attached adapter's layers in the lowest `blocks` blocks.

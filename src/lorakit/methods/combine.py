@@ -8,9 +8,10 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from lorakit.core.checked import misfits, types_of
 from lorakit.core.delta import Delta
 from lorakit.core.method import Method, Tensors, named, split
-from lorakit.core.plan import BIAS, Placement, Plan
+from lorakit.core.plan import BIAS, MODULE, Placement, Plan
 from lorakit.core.sites import Site
 from lorakit.errors import BadMethod
 
@@ -39,7 +40,7 @@ class Combine(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = split(self.parts) if isinstance(self.parts, str) else self.parts
-        parts = [part for each in given for part in _parts_of(each)]
+        parts = [part for each in given for part in _parts_of(each)] if isinstance(given, list | tuple) else []
         if len(parts) < 2:
             raise BadMethod(f"Combine cannot be built so: parts={self.parts!r} must be two methods or more")
         train = tuple(dict.fromkeys(name for method in (self, *parts) for name in method.train))
@@ -51,6 +52,7 @@ class Combine(Method):
         for name, value in found.items():
             object.__setattr__(self, name, value)
         self._refuse_other_places()
+        self._refuse_two_weights()
 
     def _refuse_other_places(self) -> None:
         inserts = {part.inserts: part.name for part in self.methods if any(part.inserts)}
@@ -58,6 +60,12 @@ class Combine(Method):
             told = " and ".join(f"{name} {numbers}" for numbers, name in inserts.items())
             raise BadMethod(f"Combine cannot be built so: its parts share the places that they put before and after a "
                             f"context, but have different numbers of them: {told}")  # fmt: skip
+
+    def _refuse_two_weights(self) -> None:
+        found = [part.name for part in self.methods if part.replaces_weights]
+        if len(found) > 1:
+            raise BadMethod(f"Combine cannot be built so: its parts {' and '.join(found)} both stand in for the "
+                            "model's weights; keep one of them")  # fmt: skip
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -96,13 +104,33 @@ class Combine(Method):
         """Each part's placements with its number; at one layer, in the order in which they have to act.
 
         Raises:
-            BadMethod: two parts train the same bias, or read the base's weight at one layer.
+            BadMethod: two parts train the same bias or read the base's weight at one layer, or one adapts a module that
+                another trains whole.
         """
         found = ((number, each) for number, part in self._numbered() for each in part.places(model, statistics))
-        own = [replace(each, part=number) for number, each in found]
+        own = self._beside_modules([replace(each, part=number) for number, each in found])
         self._refuse_twice([each for each in own if each.kind == BIAS], "train the bias")
         self._refuse_twice([each for each in own if self._is_first(each)], "read the base's weight")
-        return sorted(own, key=lambda each: 0 if self._is_first(each) else 1 if each.kind == BIAS else 2)
+        return sorted(own, key=self._turn)
+
+    def _beside_modules(self, placements: Sequence[Placement]) -> list[Placement]:
+        """The placements, less those of what another part trains anyway, since it trains the whole module."""
+        whole: dict[str, Placement] = {}
+        for each in placements:
+            if each.kind == MODULE:
+                whole.setdefault(each.path, each)
+        for each in placements:
+            if each.path in whole and not each.is_replaced and not self._part_of(each).replaces_weights:
+                names = f"{self._part_of(each).name} and {self._part_of(whole[each.path]).name}"
+                raise BadMethod(f"{each.path} is adapted and trained whole at once, by {names}; leave it to one of "
+                                "them")  # fmt: skip
+        return [each for each in placements if whole.get(each.path, each) is each]
+
+    def _turn(self, placement: Placement) -> int:
+        """When it acts: weights are there before what reads or changes them, and what reads them before the rest."""
+        if self._part_of(placement).replaces_weights and not placement.is_replaced:
+            return 0
+        return 1 if self._is_first(placement) else 2 if placement.kind == BIAS else 3
 
     def _is_first(self, placement: Placement) -> bool:
         return self._part_of(placement).reads_base and not placement.is_replaced
@@ -156,6 +184,11 @@ class Combine(Method):
         """Each part's."""
         for part, own in self._with(deltas):
             part.after_step(own, step, steps)
+
+    def rest(self, deltas: Sequence[Delta]) -> None:
+        """Each part's."""
+        for part, own in self._with(deltas):
+            part.rest(own)
 
     def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
         """The parts' tensors, those of part 2 under `part_2`; PEFT has no such adapter."""
@@ -217,12 +250,23 @@ def _parts_of(given: object) -> tuple[Method, ...]:
     """The method that is meant; those of a combination one by one."""
     if isinstance(given, str):
         given = {"name": given}
+    if isinstance(given, Mapping):
+        _refuse_misfits(given)
     found = Method.from_json(given) if isinstance(given, Mapping) else given
     if not isinstance(found, Method):
         raise BadMethod(f"a part of Combine is a method, a name or a table with a name, not {found!r}")
     return found.methods if isinstance(found, Combine) else (found,)
 
 
+def _refuse_misfits(part: Mapping[str, Any]) -> None:
+    """Refuse fields whose values are of another type than they are declared with; `from_json` refuses unknown ones."""
+    name = str(part.get("name", ""))
+    types = types_of(named(name)[0])
+    told = {key: list(value) if isinstance(value, tuple) else value for key, value in part.items() if key in types}
+    if faults := misfits(told, types, f"its part {name}"):
+        raise BadMethod(f"Combine cannot be built so: {'; '.join(faults)}")
+
+
 def _own(plan: Plan, number: int) -> Plan:
     """The placements of one part, and the modules trained whole, which are everybody's."""
-    return tuple(placement for placement in plan if placement.part in (number, 0))
+    return tuple(placement for placement in plan if placement.part == number or placement.kind == MODULE)

@@ -90,6 +90,10 @@ class DyLoRA(LowRankMethod):
 
     def after_step(self, deltas: Sequence[Delta], step: int, steps: int) -> None:
         """Between steps the whole rank is in use."""
+        self.rest(deltas)
+
+    def rest(self, deltas: Sequence[Delta]) -> None:
+        """The whole rank is in use."""
         for delta in nested(deltas):
             delta.drawn = None
 

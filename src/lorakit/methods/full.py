@@ -45,6 +45,7 @@ class Full(Method):
     kinds: ClassVar[tuple[str, ...]] = (WHOLE,)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"full-top2": {"top": 2}}
     waives: ClassVar[Mapping[str, str]] = {"rows": "a weight is the same for all rows of a batch"}
+    replaces_weights: ClassVar[bool] = True
 
     top: int = 0  # train only the last k blocks; 0 trains the whole model
 

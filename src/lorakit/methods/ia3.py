@@ -22,7 +22,7 @@ from lorakit.core.sites import Site, resolve
 from lorakit.errors import BadMethod
 from lorakit.methods import _peft as peft
 from lorakit.methods._linear import linear_layout, linear_sites, out_features
-from lorakit.methods._targeted import Rules, Targeted
+from lorakit.methods._targeted import Rules, Targeted, refuse_slice
 
 OUTPUT, INPUT = "scaled-output", "scaled-input"
 ENDING = ".ia3_l"
@@ -78,6 +78,8 @@ class IA3(Targeted):
     def build(self, placement: Placement, module: nn.Module, shared: nn.Module | None) -> ScaledInput | ScaledOutput:
         """A vector of ones."""
         kind = ScaledInput if placement.kind == INPUT else ScaledOutput
+        if kind is ScaledInput:
+            refuse_slice(placement)
         return kind(placement, linear_layout(placement, module))
 
     def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:

@@ -19,6 +19,7 @@ from lorakit.core.plan import Placement, Plan
 from lorakit.core.stack import Reading, embedding_path, stack_of
 from lorakit.methods import _peft as peft
 from lorakit.methods._prefix import PrefixMethod, Vectors, Widths
+from lorakit.methods._targeted import refuse_slice
 
 WORDS: Final = "word vectors"
 PROMPT: Final = "prompt_embeddings"  # PEFT's name of the vectors
@@ -49,6 +50,7 @@ class PrefixEmbedding(PrefixMethod):
 
     def build(self, placement: Placement, module: nn.Module, shared: nn.Module | None) -> Vectors:
         """Room for the vectors."""
+        refuse_slice(placement)
         return Vectors(placement, sum(self.inserts), cast(Widths, shared).words)
 
     @classmethod

@@ -21,7 +21,7 @@ from lorakit.core.sites import Site, unbatched
 from lorakit.core.stack import sites_within
 from lorakit.errors import BadMethod
 from lorakit.methods._prefix import AtPlaces, PrefixMethod, Vectors, Widths
-from lorakit.methods._targeted import Rules
+from lorakit.methods._targeted import Rules, refuse_slice
 
 Form = Literal["hidden", "key-value"]
 HIDDEN: Final = "hidden states"
@@ -86,6 +86,7 @@ class PrefixLayer(PrefixMethod):
         widths, places = cast(Widths, shared), sum(self.inserts)
         if placement.kind == KEYS_VALUES:
             return Vectors(placement, places, _width(placement, module))
+        refuse_slice(placement)
         if placement.kind == LAST:
             return LastVectors(placement, places, widths.hidden, self.prefix)
         return Vectors(placement, places, widths.hidden)

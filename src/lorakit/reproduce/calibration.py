@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lorakit.core.calibrate import calibrate
+from lorakit.core.positions import UNLABELLED
 from lorakit.core.sites import Site
 from lorakit.core.statistics import Statistics
 from lorakit.errors import BadMethod
@@ -39,4 +40,4 @@ def _batches(feed: Feed, settings: Train, examples: int) -> Iterator[dict[str, t
 
 
 def _written(labels_BT: torch.Tensor) -> bool:
-    return bool((labels_BT != -100).any())
+    return bool((labels_BT != UNLABELLED).any())

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lorakit.core.choose import NEEDS, By, Choice, choose, weights_of
+from lorakit.core.choose import NEEDS, By, Choice, check_terms, choose, weights_of
 from lorakit.core.layouts import LinearLayout
 from lorakit.core.sites import resolve
 from lorakit.data import Data
@@ -36,16 +36,16 @@ def answer(question: Question) -> list[Choice]:
     """The chosen sites with their ranks, best first.
 
     Raises:
-        BadMethod: a budget or rank below 1, a budget that buys nothing.
+        BadMethod: targets without a linear layer, and what `check_terms` refuses; before anything is gathered.
         BadData: no example, or one that gives NaN.
     """
-    if question.by not in NEEDS:
-        raise BadMethod(f"weights are chosen by one of {', '.join(NEEDS)}, not by {question.by!r}")
-    if question.budget < 1:
-        raise BadMethod(f"a budget of {question.budget} trained numbers buys nothing; give a positive one")
     model, tokenizer, data = prepare(question)
     found = resolve(model, question.targets)
     sites = [site for site in found if isinstance(site.layout, LinearLayout)]
+    if not sites:
+        raise BadMethod(f"{', '.join(question.targets)} hold no linear layer, and no others can be ranked; give other "
+                        "targets, such as linear")  # fmt: skip
+    check_terms(sites, budget=question.budget, by=question.by, rank=question.rank)
     if len(sites) < len(found):
         log.warning("%d places are left out: only linear layers can be ranked, not experts", len(found) - len(sites))
     examples = feed(model, tokenizer, data, question.train)

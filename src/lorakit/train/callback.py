@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorakit.core.attach import parameters
 from lorakit.core.files import save
-from lorakit.core.stepping import after_step, before_step, penalty
+from lorakit.core.stepping import after_step, before_step, penalty, rest
 from lorakit.errors import LorakitError
 
 
@@ -49,6 +49,11 @@ class FollowMethod(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         after_step(kwargs["model"], self.name, state.global_step + 1, state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        rest(kwargs["model"], self.name)
 
 
 class SaveAdapter(TrainerCallback):

@@ -32,7 +32,7 @@ class Batch(Protocol):
 
     ids_BT: Tensor
     attention_BT: Tensor  # 1 where there is a token, 0 where there is padding
-    labels_BT: Tensor  # the ids to be learned, not shifted; -100 elsewhere
+    labels_BT: Tensor  # the ids to be learned, not shifted; UNLABELLED elsewhere
     classes_B: Tensor | None
 
 

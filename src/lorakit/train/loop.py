@@ -19,7 +19,7 @@ from lorakit.core.fingerprint import fingerprint
 from lorakit.core.mode import mode
 from lorakit.core.routing import use
 from lorakit.core.state import adapter_buffers, adapter_tensors, attached_to, deltas_of, idle
-from lorakit.core.stepping import after_step, before_step, penalty
+from lorakit.core.stepping import after_step, before_step, penalty, rest
 from lorakit.errors import BadData, BadMethod, BadState, Interrupted, LorakitError, NeverActed
 from lorakit.train import checkpoint
 from lorakit.train.feed import Feed
@@ -100,6 +100,8 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
         path = folder.write(loop.checkpoint(done))
         raise Interrupted(f"stopped after step {done} of {loop.steps}; the checkpoint is {path}: run the same command "
                           "with --resume (resume=True in Python) to go on from it") from interrupt  # fmt: skip
+    finally:
+        rest(loop.model, loop.name)
 
 
 def _finish(

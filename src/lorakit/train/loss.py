@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorakit.core.insertion import contexts
+from lorakit.core.positions import UNLABELLED
 from lorakit.errors import BadModel
 from lorakit.train.feed import Batch
 
 _log = logging.getLogger(__name__)
-_UNLABELLED = -100
 _CHUNK_ROWS = 256
 
 
@@ -58,7 +58,7 @@ def loss_for(model: Any, batch: Batch) -> Loss:
 
 def count_labels(batch: Batch) -> int:
     """Labelled positions that have a token before them to be predicted from."""
-    return int((batch.labels_BT[:, 1:] != _UNLABELLED).sum())
+    return int((batch.labels_BT[:, 1:] != UNLABELLED).sum())
 
 
 def count_classes(batch: Batch) -> int:
@@ -128,12 +128,12 @@ def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 def _context_ends(batch: Batch) -> Tensor:
     """Where each row's target begins."""
-    return (batch.labels_BT != _UNLABELLED).int().argmax(1)
+    return (batch.labels_BT != UNLABELLED).int().argmax(1)
 
 
 def _targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     next_BT = batch.labels_BT[:, 1:].to(device)
-    wanted_BT = next_BT != _UNLABELLED
+    wanted_BT = next_BT != UNLABELLED
     return wanted_BT, next_BT[wanted_BT]
 
 
