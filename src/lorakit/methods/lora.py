@@ -26,8 +26,8 @@ class LoRA(LowRankMethod):
     """h = W0 x + (alpha / r) B A x, with A (r, in) random, B (out, r) zero and W0 (out, in) frozen.
 
     `ranks` and `alphas` give single targets a rank or alpha of their own: keys are roles, groups or globs, and the most
-    specific one wins. An initialisation whose B0 A0 is not zero (`pissa`) trains s (B A - B0 A0), so that the base stays
-    as it is; it is saved as plain LoRA of rank 2 r. `train` names modules (a task's head) that are trained whole.
+    specific one wins. An initialisation whose B0 A0 is not zero (`pissa`) trains s (B A - B0 A0), so the base stays as
+    it is; it is saved as plain LoRA of rank 2 r. `train` names modules (a task's head) that are trained whole.
 
     Example:
         >>> LoRA(rank=8, alpha=16, targets=("attn.q", "attn.v"), ranks={"attn.q": 4}).rank

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file a checkpoint, written whole, two kept, no pickle.
 
-A checkpoint holds the adapter's parameters and buffers and the optimiser's state. Learning rate, data order and random state are
-functions of the seed and the step's number, so the number is all that has to be kept of them.
+A checkpoint holds the adapter's parameters and buffers and the optimiser's state. Learning rate, data order and random
+state are functions of the seed and the step's number, so the number is all that has to be kept of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PARAMETER, _BUFFER = "parameter", "buffer"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The state after `step` steps: `<kind>:<name>` -> tensor; a kind is parameter, buffer or a name of the optimiser's."""
+    """The state after `step` steps: `<kind>:<name>` -> tensor; a kind is parameter, buffer or the optimiser's."""
 
     step: int
     tensors: Mapping[str, Tensor]
