@@ -29,10 +29,10 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS),
     "dora": lambda: LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, use_dora=True),
-    "adalora": lambda: AdaLoraConfig(
-        init_r=8, target_r=4, lora_alpha=16, target_modules=TARGETS, total_step=TOTAL, tinit=0, tfinal=1, deltaT=1
-    ),
+    "adalora": lambda: AdaLoraConfig(**ADALORA, target_modules=TARGETS, task_type="CAUSAL_LM"),
 }
+# PEFT adds the penalty only where it is told the task.
+ADALORA = dict(init_r=8, target_r=4, lora_alpha=16, total_step=TOTAL, tinit=0, tfinal=1, deltaT=1)
 
 
 @dataclass(frozen=True)
