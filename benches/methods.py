@@ -132,36 +132,41 @@ def prepared(data: Dataset, seed: int) -> tuple[Any, Any, Feed]:
 
 
 def timed(methods: dict[str, Method], rounds: int) -> dict[str, dict[str, Any]]:
-    """Costs of each method, on one model that carries them all."""
-    model, _ = models.load(BASE, labels=2)
+    """Costs of each method, on a model of its own."""
     untouched, _ = models.load(BASE, labels=2)
-    for name, method in methods.items():
-        lk.attach(model, with_head(model, method), name)
-    feed = _random_feed(model)
+    feed = _random_feed(untouched)
+    own = {name: attached(name, method) for name, method in methods.items()}
     steps: dict[str, list[float]] = {name: [] for name in methods}
     passes: dict[str, list[float]] = {name: [] for name in methods}
     bare: list[float] = []
     for _ in range(rounds + 1):  # the first round warms up
-        for name in methods:
+        for name, model in own.items():
             steps[name].append(step_seconds(model, feed, name))
-        for name in methods:
-            with lk.use(model, name):
-                passes[name].append(pass_seconds(model))
+        for name, model in own.items():
+            passes[name].append(pass_seconds(model))
         bare.append(pass_seconds(untouched))
-    told = {adapter.name: adapter for adapter in lk.summary(model).adapters}
+    told = {name: lk.summary(model).adapters[0] for name, model in own.items()}
+    held = {name: memory(model, feed, name) for name, model in own.items()}
     return {
         name: {
             "trained": told[name].trainable,
             "file_bytes": told[name].bytes_on_disk,
             "step_ratio": median(steps[name][1:]) / median(steps["lora"][1:]),
             "pass_ratio": median(passes[name][1:]) / median(bare[1:]),
-            "memory_ratio": memory(model, feed, name) / memory(model, feed, "lora"),
+            "memory_ratio": held[name] / held["lora"],
             "inserted": sum(method.inserts),
-            "merges": merges(model, name),
-            "rows": rows(model, name),
+            "merges": merges(own[name], name),
+            "rows": rows(own[name], name),
         }
         for name, method in methods.items()
     }
+
+
+def attached(name: str, method: Method) -> Any:
+    """A fresh model with its head that carries the method, in force."""
+    model, _ = models.load(BASE, labels=2)
+    lk.attach(model, with_head(model, method), name)
+    return model
 
 
 def _random_feed(model: Any) -> Feed:

@@ -151,6 +151,12 @@ def test_a_second_thread_is_refused_while_the_model_is_in_use() -> None:
         except BadState as error:
             caught.append(error)
 
+    def gone() -> None:
+        try:
+            lk.detach(model, "a")
+        except BadState as error:
+            caught.append(error)
+
     def forward() -> None:
         try:
             output(twin)
@@ -160,11 +166,11 @@ def test_a_second_thread_is_refused_while_the_model_is_in_use() -> None:
 
     with lk.use(model, "a"):
         twin = copy.deepcopy(model)  # nobody's: it may be used anywhere
-        for target in (other, forward):
+        for target in (other, gone, forward):
             thread = threading.Thread(target=target)
             thread.start()
             thread.join()
-    assert [str(error).split(" has")[0] for error in caught] == ["another thread"] * 2
+    assert [str(error).split(" has")[0] for error in caught] == ["another thread"] * 3
     lk.use(model, None)
 
 

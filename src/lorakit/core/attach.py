@@ -21,6 +21,7 @@ from lorakit.core.state import (
     State,
     adapters_of,
     attached_to,
+    claim,
     deltas_of,
     require_unmerged,
     set_state,
@@ -195,10 +196,11 @@ def detach(model: nn.Module, name: str) -> None:
 
     Raises:
         NoSuchAdapter: no adapter of that name.
-        BadState: an adapter is merged.
+        BadState: an adapter is merged, or another thread has the model in use.
     """
     attached_to(model, name)
     state = state_of(model)
+    claim(state)
     require_unmerged(state, "detach")
     del state.attached[name]
     inserting = any(any(record.method.inserts) for record in state.attached.values())

@@ -123,7 +123,9 @@ def _shape(model: nn.Module, placement: Placement) -> str:
 
 
 def _size(placement: Placement) -> str:
-    return f"rank {placement.rank}, scale {placement.scale:g}" if placement.rank else ""
+    if not placement.rank:
+        return ""
+    return f"rank {placement.rank}, scale {placement.scale:g}" if placement.alpha else f"size {placement.rank}"
 
 
 def _told(adapter: AdapterSummary, base: int) -> str:
