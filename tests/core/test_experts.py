@@ -175,6 +175,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool, way: str) -> No
     assert all(close(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["a", {"a": 0.7, "b": -0.4}], ids=["one", "mixture"])
 @pytest.mark.parametrize(
     ("way", "dtype", "fullgraph"),

@@ -5,7 +5,7 @@ The default suite runs every method on two families, LoRA's variants on four and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -47,13 +47,15 @@ def _is_default(family: str, name: str) -> bool:
     return name == "lora" or (family in COMMON and name in METHODS) or (family in CORE and name in VARIANTS)
 
 
-def _cases(names: Iterable[str], families: Iterable[str] = FAMILIES) -> list[Any]:
-    pairs = [(family, name) for family in families for name in names if (family, name) not in CANNOT]
+def _cases(*, are_long: bool = False) -> list[Any]:
+    pairs = [(family, name) for family in FAMILIES for name in METHODS | VARIANTS if (family, name) not in CANNOT]
     pairs = [(family, name) for family, name in pairs if name in METHODS or family in CORE]
-    return [pytest.param(*pair, marks=() if _is_default(*pair) else pytest.mark.slow) for pair in pairs]
+    default = [pair for pair in pairs if _is_default(*pair) and not (are_long and pair[1] in VARIANTS)]
+    return [pytest.param(*pair, marks=() if pair in default else pytest.mark.slow) for pair in pairs]
 
 
-every_case = pytest.mark.parametrize(("family", "method"), _cases(METHODS | VARIANTS))
+every_case = pytest.mark.parametrize(("family", "method"), _cases())
+every_long_case = pytest.mark.parametrize(("family", "method"), _cases(are_long=True))  # variants are slow, too
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("fp32", "bf16"))
 
 

@@ -9,11 +9,11 @@ import torch
 
 import lorakit as lk
 from lorakit.core.state import idle
-from tests.laws.cases import CORE, adapted, close, every_case, every_dtype, output
+from tests.laws.cases import CORE, DTYPES, adapted, close, every_long_case, output
 from tests.tiny import inputs, tokens
 
 
-@every_case
+@every_long_case
 def test_every_method_compiles(family: str, method: str) -> None:
     torch._dynamo.reset()
     model = adapted(family, method)
@@ -24,7 +24,7 @@ def test_every_method_compiles(family: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("family", CORE)
-@every_dtype
+@pytest.mark.parametrize("dtype", [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.slow)], ids=("fp32", "bf16"))
 @pytest.mark.parametrize(
     "what", [None, "a", ["a", None, "b"], {"a": 0.5, "b": 0.5}], ids=["none", "one", "rows", "mixture"]
 )

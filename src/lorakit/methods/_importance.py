@@ -22,6 +22,7 @@ from lorakit.core.replace import BiasMode, bias_placements
 from lorakit.core.sites import Site
 from lorakit.errors import BadMethod
 from lorakit.methods._low_rank import LOW_RANK, Factors
+from lorakit.methods._peft import by_path
 from lorakit.methods._targeted import Rules, Targeted, finite, whole
 
 
@@ -220,10 +221,7 @@ def directions(deltas: Sequence[Delta]) -> list[Directions]:
 
 def by_layer(deltas: Sequence[Delta]) -> dict[str, list[Directions]]:
     """Deltas by the layer they are in: several, where it is fused."""
-    layers: dict[str, list[Directions]] = {}
-    for delta in directions(deltas):
-        layers.setdefault(delta.placement.path, []).append(delta)
-    return dict(sorted(layers.items()))
+    return by_path(directions(deltas))
 
 
 def held_by(layer: Sequence[Directions]) -> int:

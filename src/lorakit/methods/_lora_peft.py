@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -110,8 +109,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(deltas: Sequence[Pair]) -> Iterator[_Block]:
-    ordered = sorted(deltas, key=lambda delta: delta.placement.path)  # stable: slices keep the plan's order
-    for path, group in groupby(ordered, key=lambda delta: delta.placement.path):
+    for path, group in peft.by_path(deltas).items():
         found: dict[str, list[Pair]] = {}
         for delta in group:
             found.setdefault(delta.placement.parameter, []).append(delta)

@@ -5,18 +5,30 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from lorakit.core.checked import misfits
+from lorakit.core.plan import Placement
 from lorakit.core.sites import is_tail, modules_of
 from lorakit.errors import BadAdapterFile
 
 log = logging.getLogger("lorakit")
 WHERE = {"target_modules": list[str] | str | None, "modules_to_save": list[str] | None}
 CONFIG = "its adapter_config.json"
+
+
+class Placed(Protocol):
+    """What has a place in the plan."""
+
+    @property
+    def placement(self) -> Placement:
+        """Its place."""
+
+
+P = TypeVar("P", bound=Placed)
 
 
 def refuse_misfits(config: Mapping[str, Any], wanted: Mapping[str, Any], faults: Iterable[str] = ()) -> None:
@@ -40,6 +52,14 @@ def paths_of(tensors: Mapping[str, Tensor], ending: str) -> list[str]:
     if not paths:
         raise BadAdapterFile("the PEFT adapter", [f"it has no tensors that end in {ending}"])
     return paths
+
+
+def by_path(deltas: Sequence[P]) -> dict[str, list[P]]:
+    """Deltas by their layer's path, sorted: PEFT holds a layer's slices as one."""
+    groups: dict[str, list[P]] = {}
+    for delta in deltas:
+        groups.setdefault(delta.placement.path, []).append(delta)
+    return dict(sorted(groups.items()))
 
 
 def taken(needed: Mapping[str, tuple[int, ...]], tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

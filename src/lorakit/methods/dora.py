@@ -5,10 +5,9 @@ Legend: B batch, T tokens, I in, O out, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -59,12 +58,13 @@ class DoRA(LowRankMethod):
     def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
         """LoRA's fields and tensors, and one m a layer."""
         config, tensors = super().to_peft(deltas)
-        return config | {"use_dora": True}, tensors | {path + KEY: _together(group) for path, group in _by_path(deltas)}
+        lengths = {path + KEY: _together(group) for path, group in _by_path(deltas).items()}
+        return config | {"use_dora": True}, tensors | lengths
 
     def read(self, deltas: Sequence[Delta], tensors: Tensors) -> list[str]:
         """Copy A, B and m out of `tensors` into the deltas."""
         faults = super().read(deltas, tensors)
-        for path, group in _by_path(deltas):
+        for path, group in _by_path(deltas).items():
             faults += _read(group, path + KEY, tensors)
         return faults
 
@@ -191,10 +191,8 @@ def _is_same(weight: Tensor, seen: Tensor, version: int) -> bool:
     return weight.data_ptr() == seen.data_ptr() and weight._version == version and weight.dtype == seen.dtype
 
 
-def _by_path(deltas: Sequence[Delta]) -> Iterator[tuple[str, list[Decomposed]]]:
-    own = [delta for delta in deltas if isinstance(delta, Decomposed)]
-    for path, group in groupby(sorted(own, key=lambda delta: delta.placement.path), lambda d: d.placement.path):
-        yield path, list(group)
+def _by_path(deltas: Sequence[Delta]) -> dict[str, list[Decomposed]]:
+    return peft.by_path([delta for delta in deltas if isinstance(delta, Decomposed)])
 
 
 def _shape(delta: Decomposed) -> tuple[int, ...]:

@@ -6,9 +6,8 @@ Legend: B batch, T tokens, I in, O out.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar, Self
 
 import torch
@@ -84,7 +83,7 @@ class IA3(Targeted):
 
     def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
         """PEFT's fields, and one vector a layer: ones where no slice of a fused layer has a value."""
-        groups = dict(_by_path(deltas))
+        groups = _by_path(deltas)
         early = [re.escape(path) for path, group in groups.items() if isinstance(group[0], ScaledInput)]
         config = {
             "target_modules": list(groups),
@@ -112,7 +111,7 @@ class IA3(Targeted):
     def read(self, deltas: Sequence[Delta], tensors: Tensors) -> list[str]:
         """Copy the vectors out of `tensors`."""
         faults: list[str] = []
-        for path, group in _by_path(deltas):
+        for path, group in _by_path(deltas).items():
             faults += _read(group, path + ENDING, tensors)
         return faults
 
@@ -162,10 +161,8 @@ class ScaledInput(_Scaled):
         return weight_OI * self.vector.to(weight_OI), bias_O
 
 
-def _by_path(deltas: Sequence[Delta]) -> Iterator[tuple[str, list[_Scaled]]]:
-    own = [delta for delta in deltas if isinstance(delta, _Scaled)]
-    for path, group in groupby(sorted(own, key=lambda delta: delta.placement.path), lambda d: d.placement.path):
-        yield path, list(group)
+def _by_path(deltas: Sequence[Delta]) -> dict[str, list[_Scaled]]:
+    return peft.by_path([delta for delta in deltas if isinstance(delta, _Scaled)])
 
 
 def _together(group: list[_Scaled]) -> Tensor:

@@ -6,9 +6,8 @@ Legend: B batch, T tokens, I in, O out, R rank; max(I), max(O) are the largest a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -102,7 +101,7 @@ class VeRA(Targeted):
         written = self.save_projection or len(blocks) > 1 or blocks[0] is not None
         config = {
             "r": self.rank * len(blocks),
-            "target_modules": [path for path, _ in _by_path(own)],
+            "target_modules": list(peft.by_path(own)),
             "projection_prng_key": self.seed,
             "save_projection": written,
             "vera_dropout": self.dropout,
@@ -112,7 +111,7 @@ class VeRA(Targeted):
             "init_weights": True,
         }
         tensors = _projections(own, blocks) if written else {}
-        for path, group in _by_path(own):
+        for path, group in peft.by_path(own).items():
             tensors |= _vectors(path, group, blocks)
         return config, tensors
 
@@ -147,7 +146,7 @@ class VeRA(Targeted):
             tensors[name] = tensors.pop(name if name in tensors else ROOT + name)
         if A in tensors or B in tensors:
             faults += _read_projections(own, blocks, tensors)
-        for path, group in _by_path(own):
+        for path, group in peft.by_path(own).items():
             faults += _read_vectors(path, group, blocks, tensors)
         return faults
 
@@ -206,11 +205,6 @@ class ScaledProjection(Delta):
 def _own(deltas: Sequence[Delta]) -> list[ScaledProjection]:
     found = [delta for delta in deltas if isinstance(delta, ScaledProjection)]
     return sorted(found, key=lambda delta: delta.placement.path)  # stable: slices keep the plan's order
-
-
-def _by_path(own: list[ScaledProjection]) -> Iterator[tuple[str, list[ScaledProjection]]]:
-    for path, group in groupby(own, key=lambda delta: delta.placement.path):
-        yield path, list(group)
 
 
 def _blocks(own: list[ScaledProjection]) -> list[Slice | None]:
