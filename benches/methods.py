@@ -82,6 +82,7 @@ def chosen(only: list[str] | None) -> dict[str, Method]:
     """Every name that a method goes by, with the method it stands for."""
     kinds = {name: kind.of_fields(dict(preset)) for name, (kind, preset) in method_names().items()}
     first = {"lora": kinds["lora"]}
+    del kinds["bottleneck"]  # its defaults are houlsby's
     return {name: method for name, method in (first | kinds).items() if not only or name in {*only, "lora"}}
 
 
@@ -151,6 +152,9 @@ def timed(methods: dict[str, Method], rounds: int) -> dict[str, dict[str, Any]]:
         name: {
             "trained": told[name].trainable,
             "file_bytes": told[name].bytes_on_disk,
+            "step_seconds": median(steps[name][1:]),
+            "step_bytes": held[name],
+            "pass_seconds": median(passes[name][1:]),
             "step_ratio": median(steps[name][1:]) / median(steps["lora"][1:]),
             "pass_ratio": median(passes[name][1:]) / median(bare[1:]),
             "memory_ratio": held[name] / held["lora"],
@@ -257,11 +261,13 @@ def result(found: dict[str, dict[str, Any]], majority: float, sizes: Sizes) -> d
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """The table of the docs."""
-    head = ["method", "accuracy", "trained", "step", "memory", "latency", "positions", "merges", "mixed batch"]
+    costs = ["trained", "step", "memory", "latency", "positions", "merges", "mixed batch"]
+    head = ["method", "learning rate", "accuracy", *costs]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, told in sorted(found.items(), key=lambda entry: -entry[1]["accuracy"]):
+    for name, told in found.items():
         cells = [
             name,
+            f"{RATES.get(name, RATE):g}",
             f"{told['accuracy']:.3f}",
             f"{told['trained']:,}",
             *(f"{told[key]:.2f} ×" for key in ("step_ratio", "memory_ratio", "pass_ratio")),
@@ -269,7 +275,10 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
             *("yes" if told[key] else "no" for key in ("merges", "rows")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lora = found["lora"]
+    step, held = f"{lora['step_seconds'] * 1e3:.0f} ms", f"{lora['step_bytes'] / 1e6:.1f} MB"
+    pass_ = lora["pass_seconds"] / lora["pass_ratio"] * 1e3
+    return "\n".join([*lines, "", f"1.00 × is {step} a step, {held}, and {pass_:.1f} ms a pass."])
 
 
 if __name__ == "__main__":

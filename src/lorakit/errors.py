@@ -13,6 +13,7 @@ LorakitError                 anything a user can mend; the command line prints i
 ├── BadAdapterFile           every fault of an adapter folder, listed
 ├── BadModel                 a model folder or file that cannot be read
 ├── BadData                  a data file, row or column that cannot be used
+│   └── TooShort             a length at which nothing is left to learn from
 ├── OutputExists             an output folder that holds another run
 ├── MissingPackage           an optional package, and how to install it
 └── Interrupted              stopped by the user; says how to resume

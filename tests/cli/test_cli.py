@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,9 +133,35 @@ def test_merge_writes_a_model_that_needs_no_lorakit(place: Path) -> None:
 def test_inspect_says_what_is_in_a_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(place / "adapter")]) == 0
     told = capsys.readouterr().out
-    assert "lora" in told and "rank 8" in told and "q_proj.lora_A.weight" in told
+    assert "lora, " in told and "rank 8" in told and "q_proj.lora_A.weight" in told
     assert main(["inspect", str(place / "adapter"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lorakit"]["method"]["rank"] == 8
+
+
+def test_the_parts_of_a_combination_are_told_like_methods(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = '["lora", {"name": "prefix-embedding", "prefix": 3}]'
+    assert main(words(place, "parts", "--method", "combine", "--method.parts", parts)) == 0
+    told = capsys.readouterr().out
+    assert " generate " in told and " merge " not in told  # nor could it be
+    assert main(["inspect", str(place / "parts")]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["method", "combine"] in shown
+    assert ["part", "1", "lora,"] in [line[:3] for line in shown]
+    assert ["part", "2", "prefix-embedding,", "prefix", "3"] in shown
+
+
+def test_a_method_that_merges_is_told_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(place, "mergeable")) == 0
+    assert f" merge {place / 'mergeable'} --out " in capsys.readouterr().out
+
+
+def test_only_a_terminal_folds_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "a.long.path." * 20
+    _show.table("", ["layer", "rank"], [[path, 12345]])
+    assert f"{path}   12,345" in capsys.readouterr().out
+    monkeypatch.setattr(_show, "console", Console(force_terminal=True, color_system=None, width=60))
+    _show.table("", ["layer", "rank"], [[path, 12345]])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
 
 
 def test_an_encoder_learns_to_classify_and_saves_its_head(place: Path) -> None:
@@ -144,6 +171,7 @@ def test_an_encoder_learns_to_classify_and_saves_its_head(place: Path) -> None:
     assert set(found["adapter"]) == {"accuracy"}
 
 
+PREFIX = ("{train}", "--method", "prefix-embedding", "--method.prefix")
 BAD: list[tuple[list[str], str]] = [
     (["trian"], "did you mean train"),
     (["train", "--bse", "x"], "did you mean --base"),
@@ -156,9 +184,24 @@ BAD: list[tuple[list[str], str]] = [
     (["{train}", "--method.targets", "*.q_porj", "--out", "{new}"], "did you mean q_proj"),
     (["{train}", "--method.rank", "0", "--out", "{new}"], "at least 1"),
     (["{train}", "--method.rank", "99", "--out", "{new}"], "above the matrix"),
-    (["{train}", "--method.rank", "many", "--out", "{new}"], "method.rank"),
+    (["{train}", "--method.rank", "many", "--out", "{new}"], "--method.rank must be a whole number, not 'many'"),
+    (["{train}", "--method.bias", "some", "--out", "{new}"], "--method.bias must be one of none, all, lora_only, not"),
+    (["{train}", "--method.ranks", "4", "--out", "{new}"], "must be a whole number by name"),
+    (["{train}", "--train.learning_rate", "fast", "--out", "{new}"], "--train.learning_rate must be a number, not"),
+    (["{train}", "--out", "{new}", "--resume=perhaps"], "--resume must be true or false, not 'perhaps'"),
+    (["{train}", "--out", "{new}", "--train.steps"], "--train.steps is not given: optimiser steps"),
+    (["{train}"], "--out is not given: folder of the adapter"),
+    (["inspect"], "adapter is not given: folder of the adapter"),
     (["{train}", "--method", "lara", "--out", "{new}"], "did you mean lora"),
     (["{train}", "--train.max_length", "1", "--out", "{new}"], "max_length"),
+    ([*PREFIX, "900", "--out", "{new}"], "(prefix=900, infix=0), but LlamaForCausalLM has 64 positions in all, which "
+     "leaves none for an example"),
+    ([*PREFIX, "62", "--out", "{new}"], "leaves 2 for an example; it needs "),
+    ([*PREFIX, "64", "--base", "{encoder}", "--out", "{new}"], "BertForSequenceClassification has 64 positions in all"),
+    (["{train}", "--method", "prefix-layer", "--method.prefix", "61", "--method.infix", "2", "--out", "{new}"],
+     "(prefix=61, infix=2)"),
+    (["{train}", "--method", "combine", "--method.parts", '["lora", {{"name": "prefix-embedding", "prefix": 62}}]',
+      "--out", "{new}"], "combine puts 62 places"),
     (["{train}", "--train.seed", "-1", "--out", "{new}"], "seed=-1"),
     (["{train}", "--evaluate.batch_size", "0", "--out", "{new}"], "batch_size=0 must be at least 1"),
     (["{train}", "--base", "{encoder}", "--evaluate.measures", "perplexity", "--out", "{new}"], "no language-model"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorakit.data import Encoded, Example, encode, encode_texts, open_data
+from lorakit.data import Encoded, Example, TooShort, encode, encode_texts, open_data
 from lorakit.errors import BadData
 from lorakit.models import load
 
@@ -64,8 +64,13 @@ def test_a_target_that_does_not_fit_is_cut_on_the_right_and_counted(
 
 
 def test_a_limit_that_no_target_fits_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(BadData, match="every target is cut off by max_length=2"):
+    with pytest.raises(TooShort, match="every target is cut off by max_length=2") as refused:
         encode(EXAMPLES, tokenizer, 2)
+    fitted = encode(EXAMPLES, tokenizer, refused.value.least)
+    assert any(not example.cut_target for example in fitted)
+    with pytest.raises(TooShort) as at_one:
+        encode(EXAMPLES, tokenizer, 1)
+    assert at_one.value.least == refused.value.least
 
 
 def test_the_first_token_of_the_tokenizer_comes_once(tokenizer_with_bos: PreTrainedTokenizerFast) -> None:
@@ -86,6 +91,12 @@ def test_classifiers_get_the_tokenizers_own_tokens() -> None:
     assert whole == Encoded(tuple(tokenizer("a fine film")["input_ids"]), start=5, label=1)
     assert (len(cut.ids), cut.ids[-1], cut.start, cut.label) == (8, tokenizer.sep_token_id, 8, 0)
     assert cut.cut_context == 27 + 2 - 8
+    short = encode_texts(examples, tokenizer, 3)
+    assert [example.ids[1] for example in short] == [whole.ids[1], cut.ids[1]]
+    for length in (2, 1):
+        with pytest.raises(TooShort, match=r"beside the special tokens \(2\); allow 3 or more") as refused:
+            encode_texts(examples, tokenizer, length)
+        assert refused.value.least == 3
     with pytest.raises(BadData, match="needs labels"):
         encode_texts([Example("a", " b")], tokenizer, 8)
 

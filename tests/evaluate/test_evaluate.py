@@ -33,7 +33,7 @@ def tokenizer() -> Any:
 def adapted(family: str, **fields: Any) -> Any:
     """A tiny model with an adapter away from zero, which is in force."""
     model = tiny(family, **fields)
-    lk.attach(model, lk.LoRA(rank=2, targets=("attention",), train=fields and ("classifier",)), name="a")
+    lk.attach(model, lk.LoRA(rank=2, targets=("attention",), train=("classifier",) if fields else ()), name="a")
     torch.manual_seed(0)
     for parameter in lk.parameters(model):
         torch.nn.init.normal_(parameter, std=0.5)

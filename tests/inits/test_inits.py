@@ -81,7 +81,7 @@ def test_statistics_that_are_needed_are_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in EVERY if initialisation(name).needs - {"gradient"}])
 def test_fewer_tokens_than_the_rank_are_refused(name: str) -> None:
     weight = torch.randn(9, 9)
-    with pytest.raises(BadMethod, match="come from 3 tokens, which span fewer than 3 directions"):
+    with pytest.raises(BadMethod, match=r"come from too few tokens \(3\), which span fewer than 3 directions"):
         initialisation(name).init(weight, 3, statistics_of(weight, tokens=3))
     initialisation(name).init(weight, 3, statistics_of(weight, tokens=4))
 

@@ -1,6 +1,7 @@
-"""What every law runs on: each method in `methods/`, some variants of LoRA, each family, float32 and bf16.
+"""What every law runs on: each method in `methods/`, some variants of them, each family, float32 and bf16.
 
-The default suite runs every method on two families, LoRA's variants on four and LoRA on all; the rest is marked slow.
+The default suite runs every method on two families, LoRA's variants on four, others' on one and LoRA on all; the rest
+is marked slow.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ VARIANTS: dict[str, Method] = {
     "lora-bias": lk.LoRA(rank=4, targets="mlp.up,attn.o", bias="all"),
     "lora-norm": lk.LoRA(rank=4, targets="mlp.up", train="norm.mlp"),
     "lora-pissa": lk.LoRA(rank=4, init="pissa"),
+    "lora-orthogonal": lk.LoRA(rank=4, init="orthogonal"),
+    "dylora-frozen": lk.DyLoRA(rank=4, frozen=True),
+    "lokr-both": lk.LoKr(rank=2, decompose_both=True),
+    "prefix-key-value": lk.PrefixLayer(prefix=3, form="key-value"),
+    "bottleneck-norms": lk.Bottleneck(size=4, train_norms=True),
+    "dropped-most": lk.Bottleneck.dropped(size=4, drop=0, drop_most=1),
 }
 WITHOUT_BIAS = (
     *("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "t5"),
@@ -44,7 +51,8 @@ CANNOT = {  # what a family cannot hold; test_refusals says that it is refused
 
 
 def _is_default(family: str, name: str) -> bool:
-    return name == "lora" or (family in COMMON and name in METHODS) or (family in CORE and name in VARIANTS)
+    families = COMMON if name in METHODS else CORE if name.startswith("lora-") else COMMON[:1]
+    return name == "lora" or family in families
 
 
 def _cases(*, are_long: bool = False) -> list[Any]:

@@ -26,9 +26,9 @@ def test_autocast_runs_adapters_in_its_dtype_and_trains_the_masters(family: str,
 
 @every_case
 def test_every_method_runs_under_autocast(family: str, method: str) -> None:
-    model = adapted(family, method)
     if family == "deberta":
-        return  # its own code cannot run under autocast: it fills float32's least number into bf16 scores
+        pytest.skip("its own code cannot run under autocast: it fills float32's least number into bf16 scores")
+    model = adapted(family, method)
     exact = output(model)
     with torch.autocast("cpu", torch.bfloat16):
         cast = output(model)

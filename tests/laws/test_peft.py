@@ -36,7 +36,8 @@ def test_peft_loads_what_we_write(family: str, method: str, tmp_path: Path) -> N
     if family in STACKED and transformers.__version__ < "5.2":
         return  # PEFT itself cannot load into such a model there
     theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "a").eval()
-    assert close(output(theirs), output(model))
+    expected = output(model)
+    assert close(output(theirs)[:, -expected.shape[1] :], expected)  # PEFT's logits may begin with those of a prefix
 
 
 def test_slices_with_scales_of_their_own_survive_the_block(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_alpha_0_is_0(tmp_path: Path) -> None:
         ({"lora_dropout": 2.0}, "dropout"),
         ({"modules_to_save": "head"}, "bad modules_to_save"),
         ({"peft_type": "NOTHING"}, "no method for PEFT's type 'NOTHING'"),
-        ({"peft_type": None}, "no method for PEFT's type"),
+        ({"peft_type": None}, "no method for PEFT's type .* PREFIX_TUNING, PROMPT_TUNING"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_a_fault(entry: dict, words: str, tmp_path: Path) -> None:

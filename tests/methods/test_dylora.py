@@ -18,7 +18,7 @@ from lorakit.core.stepping import after_step, before_step
 from lorakit.errors import BadMethod, BadState, LorakitError, NoSuchAdapter
 from lorakit.methods.dylora import DyLoRA, Nested, nested
 from tests.laws.cases import close, output, scramble
-from tests.tiny import tiny, tokens
+from tests.tiny import inputs, tiny, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -115,8 +115,8 @@ def test_a_truncated_adapter_is_its_own() -> None:
 def test_what_cannot_be_truncated_is_refused() -> None:
     model = _adapted(rank_min=2)
     lk.attach(model, lk.LoRA(), name="plain", active=False)
-    for rank in (0, 1, 7):
-        with pytest.raises(BadMethod, match=f"ranks 2 to 6, not for {rank}"):
+    for rank in (0, 1, 7, 2.5, "2", True):
+        with pytest.raises(BadMethod, match=f"ranks 2 to 6, not for {rank!r}"):
             DyLoRA.truncate(model, "a", rank)
     with pytest.raises(BadMethod, match="'plain' is lora"):
         DyLoRA.truncate(model, "plain", 2)
@@ -139,16 +139,39 @@ def test_a_step_draws_one_rank_for_all_sites() -> None:
         after_step(model, "a", step, 60)
         assert {delta.drawn for delta in _own(model)} == {None}
     assert set(drawn) == {2, 3, 4, 5, 6}
-    again = [DyLoRA(rank=6, rank_min=2).drawn(step) for step in range(1, 60)]
+    ranks = range(2, 7)
+    again = [DyLoRA(rank=6, rank_min=2).drawn(step, ranks) for step in range(1, 60)]
     assert again == drawn  # a resumed run draws the same
-    assert [DyLoRA(rank=6, rank_min=2, seed=1).drawn(step) for step in range(1, 60)] != drawn
+    assert [DyLoRA(rank=6, rank_min=2, seed=1).drawn(step, ranks) for step in range(1, 60)] != drawn
+
+
+@pytest.mark.parametrize("fields", [dict(ranks={"attn.q": 8}), dict(init="covariance-eva")], ids=["ranks", "eva"])
+def test_a_site_of_more_directions_has_them_all_trained(fields: dict) -> None:
+    """By hand or by its data: each direction is drawn, and the largest rank of a step is the one in use afterwards."""
+    model, method = tiny("llama"), DyLoRA(rank=4, targets="attention", **fields)
+    batches = [inputs(model)]
+    found = lk.calibrate(model, method.sites(model), batches, needs=method.needs()) if method.needs() else None
+    lk.attach(model, method, name="a", statistics=found)
+    most = max(delta.placement.rank for delta in _own(model))
+    assert most > 4
+    drawn = []
+    for step in range(1, 100):
+        before_step(model, "a", step, 100)
+        drawn += [delta.drawn for delta in _own(model)]
+        after_step(model, "a", step, 100)
+    assert set(drawn) == set(range(1, most + 1))
+    scramble(model, "a")
+    assert close(_at(model, most), output(model), 1e-6)
+    whole = output(model)
+    DyLoRA.truncate(model, "a", most)
+    assert close(output(model), whole, 1e-6)
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(distribution="geometric"), dict(distribution="geometric", stop=0.5)])
 def test_the_distribution_of_ranks(fields: dict) -> None:
     method, count = DyLoRA(rank=5, rank_min=2, **fields), 8000
     weights = [1.0] * 4 if not fields else [(1 - method.stop) ** number for number in range(4)]
-    found = Counter(method.drawn(step) for step in range(count))
+    found = Counter(method.drawn(step, range(2, 6)) for step in range(count))
     for rank, weight in zip(range(2, 6), weights, strict=True):
         share = weight / sum(weights)
         assert abs(found[rank] / count - share) < 4 * math.sqrt(share * (1 - share) / count)

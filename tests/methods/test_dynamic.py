@@ -112,6 +112,7 @@ def test_shrinking_takes_the_least_important_of_all_sites() -> None:
     before = [(delta.A.detach().clone(), delta.B.detach().clone()) for delta in _own(model)]
     after_step(model, "a", 9, 10)  # the last choice
     assert _masks(model) == [[0, 2], []]
+    assert [row[3] for row in lk.summary(model).adapters[0].rows] == ["rank 2 of 3, scale 8", "rank 0 of 3, scale 8"]
     for delta, (a, b) in zip(_own(model), before, strict=True):
         assert torch.equal(delta.A, a)  # rows stay, so that they can return
         assert torch.equal(delta.B, b * delta.kept_R)

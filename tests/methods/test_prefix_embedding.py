@@ -79,7 +79,7 @@ def test_a_prefix_alone_is_peft_prompt_tuning_and_its_file_is_read(family: str, 
     assert torch.equal(vectors(model), theirs.prompt_encoder["default"].embedding.weight)
     expected = theirs(tokens(model)).logits[:, 5:]
     assert close(model(tokens(model)).logits, expected)
-    lk.save(model, "a", tmp_path / "ours")  # by our own names
+    lk.save(model, "a", tmp_path / "ours")
     again = tiny(family)
     lk.load(again, tmp_path / "ours", name="a")
     assert torch.equal(again(tokens(model)).logits, model(tokens(model)).logits)
@@ -92,7 +92,7 @@ def test_prompts_of_peft_that_mean_something_else_are_refused(tmp_path: Path) ->
         lk.load(tiny("bert", labels=2), tmp_path / "bert")
     config = PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
     get_peft_model(tiny("gpt2"), config).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(BadAdapterFile, match=r"\(5, 32\).*\(5, 16\)"):
+    with pytest.raises(BadAdapterFile, match=r"prompt_embeddings has shape \(5, 32\).*\(5, 16\)"):
         lk.load(tiny("gpt2", hidden_size=16), tmp_path / "gpt2")
     path = tmp_path / "gpt2" / "adapter_config.json"
     told = path.read_text()
@@ -102,12 +102,60 @@ def test_prompts_of_peft_that_mean_something_else_are_refused(tmp_path: Path) ->
             lk.load(tiny("gpt2"), tmp_path / "gpt2")
 
 
-def test_peft_names_our_type_as_unknown(tmp_path: Path) -> None:
-    model = tiny("gpt2")
-    lk.attach(model, PrefixEmbedding(), name="a")
+@torch.no_grad()
+@pytest.mark.parametrize("family", DECODERS)
+def test_peft_reads_a_prefix_alone(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    lk.attach(model, PrefixEmbedding(prefix=5), name="a")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "a").eval()
+    ids_BT, mask_BT = tokens(model), torch.ones(3, 7, dtype=torch.long)
+    mask_BT[0, -2:] = 0  # on the right
+    expected = model(ids_BT, attention_mask=mask_BT).logits
+    assert close(theirs(ids_BT, attention_mask=mask_BT).logits[:, 5:], expected)
+    labels_BT = ids_BT.clone()
+    labels_BT[:, 0] = -100  # PEFT's loss counts the first token, too, which only the prefix predicts
+    assert close(theirs(ids_BT, labels=labels_BT).loss, model(ids_BT, labels=labels_BT).loss)
+    again = tiny(family)
+    lk.load(again, tmp_path / "a", name="a")
+    assert torch.equal(vectors(again), vectors(model))
+
+
+@torch.no_grad()
+def test_peft_reads_a_prefix_with_a_classifier(tmp_path: Path) -> None:
+    model = tiny("llama", labels=3)
+    lk.attach(model, PrefixEmbedding(prefix=5, train="score"), name="a")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    theirs = PeftModel.from_pretrained(tiny("llama", labels=3), tmp_path / "a").eval()
+    assert close(_last_logits(theirs, tokens(model), theirs.base_model.model), model(tokens(model)).logits)
+    again = tiny("llama", labels=3)
+    lk.load(again, tmp_path / "a", name="a")
+    assert torch.equal(again(tokens(model)).logits, model(tokens(model)).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "labels", "fields"),
+    [
+        ("gpt2", None, dict(infix=2)),
+        ("gpt2", None, dict(train="ln_f")),
+        ("gpt2", 3, {}),  # PEFT wants the classifier's head in the file
+        ("bert", None, {}),
+        ("bert", 3, dict(train="classifier")),
+        ("t5", None, {}),
+    ],
+)
+def test_what_peft_has_not_keeps_our_type(family: str, labels: int | None, fields: dict, tmp_path: Path) -> None:
+    model = tiny(family, labels=labels)
+    lk.attach(model, PrefixEmbedding(prefix=3, **fields), name="a")
     lk.save(model, "a", tmp_path / "a")
     with pytest.raises(KeyError, match="PREFIX_EMBEDDING"):
-        PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "a")
+        PeftModel.from_pretrained(tiny(family, labels=labels), tmp_path / "a")
+    again = tiny(family, labels=labels)
+    lk.load(again, tmp_path / "a", name="a")
+    before = adapter_tensors(model, "a")
+    assert all(torch.equal(value, before[name]) for name, value in adapter_tensors(again, "a").items())
 
 
 @torch.no_grad()
@@ -135,13 +183,13 @@ def test_a_classifier_of_peft_comes_over_with_its_head(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs")
     model = tiny("gpt2", labels=3)
     lk.load(model, tmp_path / "theirs", name="a")
-    assert close(model(tokens(model)).logits, _last_logits(theirs, tokens(model)))
+    assert close(model(tokens(model)).logits, _last_logits(theirs, tokens(model), theirs.base_model.transformer))
 
 
-def _last_logits(theirs: PeftModel, ids_BT: Tensor) -> Tensor:
+def _last_logits(theirs: PeftModel, ids_BT: Tensor, stack: torch.nn.Module) -> Tensor:
     """PEFT's classifier at the last token (transformers' own choice fails for embeddings with padding set)."""
     given = torch.cat([theirs.get_prompt(len(ids_BT)), theirs.word_embeddings(ids_BT)], 1)
-    return theirs.base_model.score(theirs.base_model.transformer(inputs_embeds=given)[0])[:, -1]
+    return theirs.base_model.score(stack(inputs_embeds=given)[0])[:, -1]
 
 
 @pytest.mark.parametrize("fields", [dict(prefix=0), dict(prefix=-1), dict(infix=-2), dict(prefix=2.5), dict(infix="8")])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import lorakit as lk
 from lorakit.core.insertion import contexts
 from lorakit.core.state import adapter_tensors
-from lorakit.errors import BadMethod
+from lorakit.errors import BadAdapterFile, BadMethod
 from lorakit.methods.combine import Combine
 from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.methods.prefix_layer import PrefixLayer
@@ -68,6 +71,85 @@ def test_keys_and_values_are_peft_prefix_tuning() -> None:
     theirs.prompt_encoder["default"].embedding.weight.copy_(_in_peft_order(model))
     ids_BT, mask_BT = tokens(model), torch.ones(3, 7, dtype=torch.long)
     assert close(model(ids_BT, attention_mask=mask_BT).logits, theirs(ids_BT, attention_mask=mask_BT).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_peft_files_of_keys_and_values_go_both_ways(family: str, projected: bool, tmp_path: Path) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM", prefix_projection=projected)
+    theirs = get_peft_model(tiny(family), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = tiny(family)
+    lk.load(model, tmp_path / "theirs", name="a")
+    ids_BT, mask_BT = tokens(model), torch.ones(3, 7, dtype=torch.long)
+    mask_BT[0, :2], mask_BT[1, -2:] = 0, 0
+    labels_BT = ids_BT.masked_fill(mask_BT == 0, -100)
+    labels_BT[0, 2] = -100  # padding would predict it
+    expected = model(ids_BT, attention_mask=mask_BT, labels=labels_BT)
+    given = theirs(ids_BT, attention_mask=mask_BT, labels=labels_BT)
+    assert close(given.logits[mask_BT.bool()], expected.logits[mask_BT.bool()])
+    assert close(given.loss, expected.loss)
+    lk.save(model, "a", tmp_path / "ours")
+    back = PeftModel.from_pretrained(tiny(family), tmp_path / "ours").eval()
+    assert torch.equal(back(ids_BT, attention_mask=mask_BT).logits, given.logits)
+    again = tiny(family)
+    lk.load(again, tmp_path / "ours", name="a")
+    assert torch.equal(again(ids_BT, attention_mask=mask_BT).logits, expected.logits)
+
+
+@torch.no_grad()
+def test_peft_reads_keys_and_values_with_a_classifier(tmp_path: Path) -> None:
+    model = tiny("gpt2", labels=3)
+    lk.attach(model, PrefixLayer(prefix=3, form="key-value", train="score"), name="a")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    theirs = PeftModel.from_pretrained(tiny("gpt2", labels=3), tmp_path / "a").eval()
+    again = tiny("gpt2", labels=3)
+    lk.load(again, tmp_path / "a", name="a")
+    for other in (theirs, again):
+        assert close(other(tokens(model)).logits, model(tokens(model)).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("llama", {}), ("gptj", {}), ("bert", {}), ("gpt2", dict(infix=1)), ("gpt2", dict(form="hidden"))],
+)
+def test_what_peft_has_not_keeps_our_type(family: str, fields: dict, tmp_path: Path) -> None:
+    model = attached(family, **(dict(prefix=3, form="key-value") | fields))
+    lk.save(model, "a", tmp_path / "a")
+    with pytest.raises(KeyError, match="PREFIX_LAYER"):
+        PeftModel.from_pretrained(tiny(family), tmp_path / "a")
+    again = tiny(family)
+    lk.load(again, tmp_path / "a", name="a")
+    before = adapter_tensors(model, "a")
+    assert all(torch.equal(value, before[name]) for name, value in adapter_tensors(again, "a").items())
+
+
+@pytest.mark.parametrize(("family", "words"), [("llama", "may rotate or norm"), ("bert", "before its first token")])
+def test_peft_files_that_mean_something_else_are_refused(family: str, words: str, tmp_path: Path) -> None:
+    labels, task = (2, "SEQ_CLS") if family == "bert" else (None, "CAUSAL_LM")
+    config = PrefixTuningConfig(num_virtual_tokens=5, task_type=task)
+    get_peft_model(tiny(family, labels=labels), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(BadAdapterFile, match=words):
+        lk.load(tiny(family, labels=labels), tmp_path / "a")
+
+
+def test_a_peft_file_that_does_not_fit_is_a_named_fault(tmp_path: Path) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    get_peft_model(tiny("gpt2"), config).save_pretrained(tmp_path)
+    with pytest.raises(BadAdapterFile, match=r"prompt_embeddings has shape \(5, 128\), the model needs \(5, 192\)"):
+        lk.load(tiny("gpt2", num_hidden_layers=3), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    told = path.read_text()
+    for number, words in (("6", r"needs \(6, 128\)"), ("0", "prefix"), ('"5"', "num_virtual_tokens"), ("64", "fewer")):
+        path.write_text(told.replace('"num_virtual_tokens": 5', f'"num_virtual_tokens": {number}'))
+        with pytest.raises(BadAdapterFile, match=words):
+            lk.load(tiny("gpt2"), tmp_path)
+    path.write_text(told)
+    save_file({"other": torch.zeros(5, 128)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(BadAdapterFile, match="prompt_embeddings is missing"):
+        lk.load(tiny("gpt2"), tmp_path)
 
 
 def _in_peft_order(model: PreTrainedModel) -> Tensor:

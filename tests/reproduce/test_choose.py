@@ -37,8 +37,12 @@ def test_what_is_chosen_fits_the_budget_and_can_be_trained(declared: Run, by: st
 
 def test_the_command_writes_a_file_to_train_with(declared: Run, tmp_path: Path, capsys) -> None:
     out = tmp_path / "chosen.toml"
+    assert main(asked(declared)) == 0
+    told = capsys.readouterr().out
+    assert "Ask again with --out chosen.toml" in told and " train --config chosen.toml --out " in told
     assert main(asked(declared, "--out", str(out))) == 0
-    assert "of 500 trained numbers" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of 500 trained numbers" in told and f" train --config {out} --out " in told
     written = tomllib.loads(out.read_text())
     assert set(written["method"]["ranks"]) == set(written["method"]["targets"])
     assert main(["train", "--config", str(out), "--train.steps", "2", "--out", str(tmp_path / "run")]) == 0
@@ -81,6 +85,18 @@ def test_the_file_declares_the_same_examples(declared: Run, tmp_path: Path) -> N
     written = tomllib.loads(out.read_text("utf-8"))
     assert Train(**written["train"]) == settings
     assert written["data"]["source"] == str(source)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--by", "size"), "--by must be one of gradient, variance, nfn, not 'size'; see lorakit choose --help"),
+        (("--budget", "1e5x"), "--budget must be a whole number, not '1e5x'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_sentence(declared: Run, more: tuple[str, ...], words: str, capsys) -> None:
+    assert main(asked(declared, *more)) == 2
+    assert capsys.readouterr().err.startswith(f"lorakit: {words}")
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from lorakit.data import Data
+from lorakit.data import Data, Dataset, Example
+from lorakit.errors import BadData, BadMethod
+from lorakit.methods.prefix_embedding import PrefixEmbedding
+from lorakit.models import load
 from lorakit.reproduce import run as module
-from lorakit.reproduce.run import Run, carry_out
+from lorakit.reproduce.run import Run, carry_out, feed
 from lorakit.train import Train
 from tests.data.conftest import made
 from tests.tiny import tiny
@@ -90,3 +93,24 @@ def test_the_data_is_read_once(declared: Run, tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         module.prepare(replace(declared, base=str(tmp_path / "encoder"), data=data))
     assert caplog.text.count("are left out") == 1
+
+
+def test_a_prefix_that_leaves_room_for_an_example_is_trained(declared: Run) -> None:
+    short = replace(declared, train=Train(steps=1, batch_size=4))
+    whole, none = (replace(short, out=f"{short.out}-{n}", method=PrefixEmbedding(prefix=n)) for n in (59, 63))
+    assert carry_out(whole).results["steps"] == 1
+    with pytest.raises(BadMethod, match="has 64 positions in all, which leaves 1 for an example"):
+        carry_out(none)
+    assert not Path(none.out).exists()
+
+
+def test_a_prefix_leaves_one_token_of_text_beside_the_special_ones() -> None:
+    model, tokenizer = load("minilm-l6", labels=2)
+    data = Dataset("two", [Example("a fine film", "", 1), Example("a bad film", "", 0)], [], labels=("bad", "good"))
+    encoded = feed(model, tokenizer, data, Train(), PrefixEmbedding(prefix=509)).examples
+    assert [tokenizer.decode(example.ids, skip_special_tokens=True) for example in encoded] == ["a", "a"]
+    for prefix, left in ((510, "2"), (511, "1"), (512, "none"), (600, "none")):
+        with pytest.raises(BadMethod, match=f"leaves {left} for an example; it needs 3 or more"):
+            feed(model, tokenizer, data, Train(), PrefixEmbedding(prefix=prefix))
+    with pytest.raises(BadData, match="max_length=2 leaves no token of text"):  # which no shorter prefix would mend
+        feed(model, tokenizer, data, Train(max_length=2), PrefixEmbedding(prefix=5))

@@ -29,6 +29,9 @@ from lorakit.methods import DEFAULT
 OVERRIDES = "overrides"  # of a field's metadata: the dataclass whose given values it holds
 METHOD = "name"  # the field that chooses the dataclass where several are possible
 NAMES = tuple[str, ...]
+_REFUSED = re.compile(
+    r'(?:Parser key "|argument --|(?P<missing>the following arguments are required: ))(?P<path>[\w.]+)'
+)
 _COMMENT = re.compile(r"^\s+(\w+): [^#\n]*#\s*(.+)$", re.MULTILINE)
 
 
@@ -45,7 +48,8 @@ def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
     parser.add_argument("--config", type=str, help="a TOML file with the same names")
     name = _given(words, f"--method.{METHOD}") or DEFAULT.name
     chosen, preset = named(name)
-    for path, leaf in _leaves(kind, chosen):
+    leaves = dict(_leaves(kind, chosen))
+    for path, leaf in leaves.items():
         _add(parser, path, leaf)
     if Method in _hints(kind).values():
         have = ", ".join(sorted(method_names()))
@@ -57,7 +61,7 @@ def parse(kind: type, verb: str, title: str, words: Sequence[str]) -> Any:
     try:
         found = parser.parse_args(_known(parser, words))
     except ArgumentError as error:
-        raise LorakitError(_sentence(error, parser)) from error
+        raise LorakitError(f"{_sentence(error, leaves, words)}; see {parser.prog} --help") from error
     return kind(**_values(kind, chosen, found.as_dict()))
 
 
@@ -201,9 +205,35 @@ def _known(parser: Any, words: Sequence[str]) -> list[str]:
     return known
 
 
-def _sentence(error: Exception, parser: Any) -> str:
+def _sentence(error: Exception, leaves: Mapping[str, _Leaf], words: Sequence[str]) -> str:
+    """What the parser refused, in our words where it speaks of an option."""
     text = " ".join(str(error).split())
-    return f"{text[:1].lower()}{text[1:]}; see {parser.prog} --help"
+    told = _REFUSED.match(text)
+    leaf = leaves.get(told["path"]) if told else None
+    if not told or not leaf:
+        return f"{text[:1].lower()}{text[1:]}"
+    flag = told["path"] if leaf.field.metadata.get("positional") else f"--{told['path']}"
+    if told["missing"] or text.endswith(": expected one argument"):
+        return f"{flag} is not given: {leaf.text}"
+    return f"{flag} must be {_wanted(leaf.hint)}, not {_given(words, flag)!r}"
+
+
+def _wanted(hint: Any) -> str:
+    """What a value of this type is, for people.
+
+    >>> _wanted(int | None)
+    'a whole number'
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin is tuple:
+        return "names, separated by commas"
+    if origin is Mapping:
+        return f'{_wanted(inner[1])} by name, such as {{"attn.q": 4}}'
+    if inner:
+        return " or ".join(_wanted(each) for each in inner if each is not type(None))
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
 
 
 def _values(kind: type, chosen: type[Method], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.text import Text
 from lorakit.core.summary import size
 
 console = Console(markup=False, emoji=False, highlight=False)  # a model's text is shown as it is
+_ENDLESS = 1_000_000  # columns, more than any table has
 
 
 def say(text: str | Text = "") -> None:
@@ -33,7 +34,10 @@ def program() -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> None:
-    """Print a table; the first `texts` columns are left-aligned, the others right-aligned."""
+    """Print a table; the first `texts` columns are left-aligned, the others right-aligned.
+
+    Only a terminal folds what is too wide for it, so that a path in a file or a pipe is found whole.
+    """
     if title:
         say(Text(f"\n{title}", style="bold"))
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
@@ -41,7 +45,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
         shown.add_column(column, justify="left" if number < texts else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(value if isinstance(value, str) else number_of(value) for value in row))
-    console.print(shown)
+    if not console.is_terminal:
+        shown.width = console.measure(shown, options=console.options.update(max_width=_ENDLESS)).maximum
+    console.print(shown, crop=False)
 
 
 def sides(title: str, found: Mapping[str, Mapping[str, float]]) -> None:

@@ -45,7 +45,9 @@ def main(options: Options) -> None:
     if out is not None:
         write_files(out.parent, {out.name: _toml(question, choices).encode()})
         say(f"Written to {out}. Train with it:")
-        say(f"  {program()} train --config {shlex.quote(str(out))} --out out/chosen")
+    else:
+        say("Nothing is written. Ask again with --out chosen.toml, and train with it:")
+    say(f"  {program()} train --config {shlex.quote(str(out or 'chosen.toml'))} --out out/chosen")
 
 
 def _refuse_present(out: Path) -> None:

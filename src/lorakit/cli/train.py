@@ -40,4 +40,5 @@ def main(options: Options) -> None:
     use = f"eval {out}" if classifies(outcome.model) else f"generate {out} --prompt '...'"
     say(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json. Try next:")
     say(f"  {program()} {use}")
-    say(f"  {program()} merge {out} --out {shlex.quote(f'{run.out}-merged')}")
+    if "merge" not in run.method.waives:
+        say(f"  {program()} merge {out} --out {shlex.quote(f'{run.out}-merged')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def attach(
 
     Raises:
         NoSuchTarget: a target matches no module.
-        BadMethod: the method does not fit the model (rank too large, tied weights).
+        BadMethod: the method does not fit the model (rank too large, tied weights), or is none.
         BadState: the name is taken, or an adapter is merged. The model is untouched after any error.
 
     Example:
@@ -66,6 +67,9 @@ def attach(
         >>> sum(p.numel() for p in lk.parameters(model))
         512
     """
+    if not isinstance(model, nn.Module) or not isinstance(method, Method):
+        raise BadMethod(f"attach takes a model and a method, as in attach(model, LoRA(rank=8)), not "
+                        f"{reprlib.repr(model if isinstance(method, Method) else method)}")  # fmt: skip
     missing = method.needs() if statistics is None else None
     if missing:
         raise BadMethod(f"{method.name} starts from statistics of data ({', '.join(sorted(missing))}); gather them: "

@@ -45,6 +45,10 @@ class Delta(nn.Module, ABC):
         """Whether it is right that no forward pass uses this delta (a dropped layer, an idle expert)."""
         return False
 
+    def in_use(self) -> int:
+        """How much of its placement's rank does something: all, but where directions are pruned."""
+        return self.placement.rank
+
     def before(self, x: Tensor) -> Tensor:
         """The new input of the module, given its present input."""
         return x

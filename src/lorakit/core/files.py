@@ -65,14 +65,21 @@ def save(model: nn.Module, name: str, folder: str | Path) -> None:
         )
     config, tensors = record.method.to_peft(own_deltas_of(model, name))
     tensors |= _replaced(record.plan, deltas)
-    tensors = {_key(model, name): _written(name, value) for name, value in tensors.items()}
+    root = ROOT if any(_is_prompt(name) for name in tensors) else PREFIX
+    tensors = {_key(model, name, root): _written(name, value) for name, value in tensors.items()}
     files = {TENSORS: with_header(tensors, header_of(model, record)), CONFIG: _config(model, record, config)}
     write_files(Path(folder), files)
 
 
-def _key(model: nn.Module, name: str) -> str:
+def _key(model: nn.Module, name: str, root: str) -> str:
     """PEFT's name in the file; one of PEFT's own that belongs to no layer (what all share) stays as it is."""
-    return name if name.startswith(ROOT) and ROOT.rstrip(".") not in model._modules else PREFIX + name
+    is_shared = name.startswith(ROOT) and ROOT.rstrip(".") not in model._modules
+    return name if is_shared or _is_prompt(name) else root + name
+
+
+def _is_prompt(name: str) -> bool:
+    """Whether a tensor belongs to no module: PEFT keeps it beside the model, whose own names then begin with ROOT."""
+    return "." not in name
 
 
 def _written(key: str, value: Tensor) -> Tensor:
@@ -99,11 +106,15 @@ def _bias_name(path: str, adapted: set[str]) -> str:
     return f"{path}.base_layer.bias" if path in adapted else f"{path}.bias"
 
 
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's word for what a model does; None where the model's class does not tell."""
+    return next((task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)), None)
+
+
 def _config(model: nn.Module, record: Attached, config: dict[str, Any]) -> bytes:
-    endings = [task for ending, task in TASKS.items() if type(model).__name__.endswith(ending)]
     common = {
         "peft_type": config.get("peft_type") or record.method.peft_type or record.method.name.upper().replace("-", "_"),
-        "task_type": endings[0] if endings else None,
+        "task_type": task_of(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "modules_to_save": _whole(model, record.plan),

@@ -325,7 +325,7 @@ def _refuse_too_long(length: int, inserted: int, reading: Reading) -> None:
     if reading.longest is not None and length > reading.longest:
         raise BadData(
             f"{length - inserted} tokens and a prefix of {inserted} need {length} positions, but the model has "
-            f"{reading.longest}; cut the examples (max_length) or take fewer prefix tokens"
+            f"{reading.longest}; give {reading.longest - inserted} tokens at most, or take a shorter prefix"
         )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from lorakit.core import registry
-from lorakit.core.checked import misfits, types_of
+from lorakit.core.checked import described, fits, misfits, types_of
 from lorakit.core.delta import Delta
 from lorakit.core.named import named_tensors, read_named
 from lorakit.core.plan import BIAS, MODULE, Placement, Plan
@@ -19,6 +19,8 @@ from lorakit.core.sites import Site
 from lorakit.errors import BadAdapterFile, BadMethod, UnknownName, nearest
 
 Tensors = dict[str, Tensor]
+Names = tuple[str, ...] | str  # as a text: separated by commas
+Rules = Iterator[tuple[str, object, str, bool]]  # a field, its value, what it must be, whether it is that
 METHODS = "lorakit.methods"
 
 
@@ -38,15 +40,27 @@ class Method(ABC):
     reads_base: ClassVar[bool] = False  # whether its deltas read the base's weight, so that none may act before them
     replaces_weights: ClassVar[bool] = False  # whether its deltas are the module's weights while it runs
 
-    train: tuple[str, ...] | str = ()  # modules trained whole and saved with the adapter, e.g. classifier
+    train: Names = ()  # modules trained whole and saved with the adapter, e.g. classifier
 
     def __post_init__(self) -> None:
-        self._split("train")
+        for name, hint in types_of(type(self)).items():
+            if hint == Names and fits(getattr(self, name), Names):
+                object.__setattr__(self, name, split(getattr(self, name)))
+        self._refuse(self._types())
+        self._refuse(self._rules())
 
-    def _split(self, *names: str) -> None:
-        """Let fields that are names be given as a text, too, separated by commas."""
-        for name in names:
-            object.__setattr__(self, name, split(getattr(self, name)))
+    def _refuse(self, rules: Rules) -> None:
+        if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
+            raise BadMethod(f"{type(self).__name__} cannot be built so: {'; '.join(faults)}")
+
+    def _types(self) -> Rules:
+        for name, hint in types_of(type(self)).items():
+            value = getattr(self, name)
+            yield name, value, described(hint), fits(value, hint)
+
+    def _rules(self) -> Rules:
+        """What its fields must be besides of their types."""
+        yield from ()
 
     @abstractmethod
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:

@@ -141,8 +141,8 @@ def moment_of(statistics: SiteStatistics | None, name: str, rank: int) -> Moment
         raise not_gathered(name)
     if found.tokens <= rank:
         raise BadMethod(
-            f"{_WORDS[name]} come from {found.tokens} tokens, which span fewer than {rank} directions about their mean;"
-            f" calibrate on more than {rank} tokens, or take a smaller rank"
+            f"{_WORDS[name]} come from too few tokens ({found.tokens}), which span fewer than {rank} directions about "
+            f"their mean; calibrate on more than {rank} tokens, or take a smaller rank"
         )
     return found
 

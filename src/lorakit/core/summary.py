@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorakit.core.delta import Delta
 from lorakit.core.experts import shape_of
 from lorakit.core.plan import Placement
 from lorakit.core.sites import ADAPTERS
@@ -96,7 +97,7 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
     groups: dict[tuple[str, str, str], list[int]] = {}
     seen: dict[int, nn.Parameter] = {}
     for delta in deltas:
-        key = (delta.placement.role, _shape(model, delta.placement), _size(delta.placement))
+        key = (delta.placement.role, _shape(model, delta.placement), _size(delta))
         new = {id(p): p for p in delta.parameters() if id(p) not in seen}  # what several deltas hold counts once
         groups.setdefault(key, []).append(sum(p.numel() for p in new.values()))
         seen |= new
@@ -122,10 +123,12 @@ def _shape(model: nn.Module, placement: Placement) -> str:
     return " x ".join(str(size) for size in (*experts, placement.slice.width if placement.slice else out, inner))
 
 
-def _size(placement: Placement) -> str:
-    if not placement.rank:
+def _size(delta: Delta) -> str:
+    rank, used = delta.placement.rank, delta.in_use()
+    if not rank:
         return ""
-    return f"rank {placement.rank}, scale {placement.scale:g}" if placement.alpha else f"size {placement.rank}"
+    size = str(rank) if used == rank else f"{used} of {rank}"
+    return f"rank {size}, scale {delta.placement.scale:g}" if delta.placement.alpha else f"size {size}"
 
 
 def _told(adapter: AdapterSummary, base: int) -> str:

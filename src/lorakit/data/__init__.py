@@ -7,7 +7,7 @@ from lorakit.data.declaration import Data
 from lorakit.data.examples import Dataset, Example
 from lorakit.data.opening import open_data
 from lorakit.data.read import rows
-from lorakit.data.tokens import Encoded, encode, encode_texts
+from lorakit.data.tokens import Encoded, TooShort, encode, encode_texts
 
 __all__ = [
     "Batch",
@@ -15,6 +15,7 @@ __all__ = [
     "Dataset",
     "Encoded",
     "Example",
+    "TooShort",
     "collate",
     "encode",
     "encode_texts",

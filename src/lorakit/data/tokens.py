@@ -18,6 +18,14 @@ AT_ONCE = 1024  # examples tokenised in one call
 log = logging.getLogger(__name__)
 
 
+class TooShort(BadData):
+    """A length at which nothing is left to learn from; `least` would do."""
+
+    def __init__(self, message: str, least: int) -> None:
+        self.least = least
+        super().__init__(message)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Token ids of one example; those from `start` on are its target."""
@@ -38,7 +46,8 @@ def encode(
     right; one token stays before the target, to predict it from. What was cut is counted and logged.
 
     Raises:
-        BadData: not one target fits whole, or the tokenizer cannot say which token comes from which text.
+        TooShort: not one target fits whole.
+        BadData: the tokenizer cannot say which token comes from which text.
     """
     eos = [tokenizer.eos_token_id] if with_eos else []
     if not tokenizer.is_fast or None in eos:
@@ -57,8 +66,10 @@ def encode_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     """Tokenise contexts for a classifier, with the special tokens that it was pretrained with; nothing is a target.
 
     Raises:
+        TooShort: no token of a text fits.
         BadData: an example has no label.
     """
+    _refuse_no_text(max_length, tokenizer.num_special_tokens_to_add())
     found = []
     for start in range(0, len(examples), AT_ONCE):
         batch = examples[start : start + AT_ONCE]
@@ -108,12 +119,19 @@ def _fitted(context: list[int], target: list[int], fixed: int, max_length: int, 
     )
 
 
+def _refuse_no_text(max_length: int, special: int) -> None:
+    if max_length <= special:
+        told = f"max_length={max_length} leaves no token of text beside the special tokens ({special})"
+        raise TooShort(f"{told}; allow {special + 1} or more", special + 1)
+
+
 def _report(found: list[Encoded], max_length: int) -> None:
     if found and all(example.cut_target for example in found):
         shortest = min(len(example.ids) - example.start + example.cut_target for example in found)
-        raise BadData(
+        raise TooShort(
             f"every target is cut off by max_length={max_length}: the shortest has {shortest} tokens; "
-            "allow more than that, or shorten the targets"
+            "allow more than that, or shorten the targets",
+            shortest + 1,
         )
     _log_cuts(found, max_length)
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.experts import shape_of
+from lorakit.core.method import Rules
 from lorakit.core.plan import Placement
 from lorakit.core.replace import BiasMode, bias_placements
 from lorakit.core.sites import Site
 from lorakit.errors import BadMethod
 from lorakit.methods._low_rank import LOW_RANK, Factors
 from lorakit.methods._peft import by_path
-from lorakit.methods._targeted import Rules, Targeted, finite, whole
+from lorakit.methods._targeted import Targeted, share, whole
 
 
 def budget(step: int, steps: int, *, start: int, end: int, warmup: int, final: int) -> int:
@@ -43,10 +44,9 @@ def budget(step: int, steps: int, *, start: int, end: int, warmup: int, final: i
     return int((start - end) * left**3 + end)
 
 
-def at_most(name: str, value: object, other: str, most: object) -> tuple[str, object, str, bool]:
+def at_most(name: str, value: int, other: str, most: int) -> tuple[str, object, str, bool]:
     """The rule of a rank that another bounds."""
-    kept = isinstance(value, int) and isinstance(most, int) and 1 <= value <= most
-    return name, value, f"a whole number from 1 to {other} ({most})", kept
+    return name, value, f"a whole number from 1 to {other} ({most})", 1 <= value <= most
 
 
 class Phase(NamedTuple):
@@ -73,16 +73,15 @@ class Budgeted(Targeted):
 
     def _rules(self) -> Rules:
         yield from super()._rules()
-        yield "dropout", self.dropout, "at least 0 and below 1", 0 <= self.dropout < 1
-        yield "bias", self.bias, f"one of {get_args(BiasMode)}", self.bias in get_args(BiasMode)
+        yield share("dropout", self.dropout)
         for name, value in (("warmup", self.warmup), ("final", self.final)):
-            good = finite(name, value)[3] and value >= 0 and (value < 1 or value == int(value))
+            good = value >= 0 and (value < 1 or value == int(value))
             yield name, value, "a share of the run below 1, or a whole number of steps", good
-        shares = [share for share in (self.warmup, self.final) if finite("", share)[3] and share < 1]
-        yield "final", self.final, f"below 1 together with warmup={self.warmup}", sum(shares) < 1
+        together = sum(value for value in (self.warmup, self.final) if value < 1)
+        yield "final", self.final, f"below 1 together with warmup={self.warmup}", together < 1
         yield whole("every", self.every)
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            yield name, value, "at least 0 and below 1", finite(name, value)[3] and 0 <= value < 1
+        yield share("beta1", self.beta1)
+        yield share("beta2", self.beta2)
 
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
         """One low-rank placement a site, each with the same room, then biases."""
@@ -195,6 +194,10 @@ class Directions(Factors):
     def ordered(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         """Factors with the kept directions first."""
         return a_RI.index_select(0, self.order_R), b_OR.index_select(1, self.order_R)
+
+    def in_use(self) -> int:
+        """How many directions are kept."""
+        return len(self.kept_R) if self.kept_R.is_meta else int(self.kept_R.sum())
 
     def held(self) -> int:
         """How many of the ordered directions a file has to hold: up to the last that is kept or does something."""

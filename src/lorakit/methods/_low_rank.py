@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,14 @@ from lorakit.core.delta import Delta
 from lorakit.core.experts import WEIGHT, shape_of
 from lorakit.core.initialise import Initialisation, initialisation
 from lorakit.core.layouts import Layout, layout_of
-from lorakit.core.method import Tensors
+from lorakit.core.method import Rules, Tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.replace import BiasMode, bias_placements
 from lorakit.core.sites import GROUPS, Site, matching, weight_at
 from lorakit.core.statistics import SiteStatistics
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 from lorakit.methods import _lora_peft as peft_format
-from lorakit.methods._targeted import Rules, Targeted, finite, whole
+from lorakit.methods._targeted import Targeted, share, whole
 
 LOW_RANK = "low-rank"
 Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
@@ -52,10 +52,7 @@ class LowRankMethod(Targeted):
 
     def _rules(self) -> Rules:
         yield from (whole("rank", rank) for rank in (self.rank, *self.ranks.values()))
-        yield from (finite("alpha", alpha) for alpha in (self.alpha, *self.alphas.values()))
-        yield "dropout", self.dropout, "at least 0 and below 1", 0 <= self.dropout < 1
-        yield "scaling", self.scaling, f"one of {get_args(Scaling)}", self.scaling in get_args(Scaling)
-        yield "bias", self.bias, f"one of {get_args(BiasMode)}", self.bias in get_args(BiasMode)
+        yield share("dropout", self.dropout)
         something = bool(self.targets or self.train or self.bias == "all")
         yield "targets", self.targets, "roles, groups or globs, at least one", something
 
@@ -96,7 +93,12 @@ class LowRankMethod(Targeted):
         absent = [site.path for site in sites if (site.path, site.slice) not in statistics]
         if absent:
             raise BadMethod(f"the statistics have nothing of {absent[0]}; calibrate(model, method.sites(model), ...)")
-        return share([statistics[site.path, site.slice] for site in sites], self.rank)
+        found = [statistics[site.path, site.slice] for site in sites]
+        try:
+            return share(found, self.rank)
+        except BadMethod as error:
+            fewest = min(zip(sites, found, strict=True), key=lambda pair: pair[1].tokens)[0]
+            raise BadMethod(f"{fewest.path} cannot be initialised by {self.init!r}: {error}") from error
 
     def _placement(self, site: Site, rank: int, alpha: float) -> Placement:
         scale = alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))

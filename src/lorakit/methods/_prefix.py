@@ -10,23 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.method import Method
+from lorakit.core.files import task_of
+from lorakit.core.method import Method, Rules, Tensors
 from lorakit.core.mode import mode
+from lorakit.core.named import named_tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.routing import use
-from lorakit.core.stack import embedding_path, longest_of, stack_of
+from lorakit.core.stack import Reading, embedding_path, longest_of, sites_within, stack_of
 from lorakit.core.state import state_or_new
 from lorakit.errors import BadMethod, BadState
-from lorakit.methods._targeted import Rules, refuse, whole
+from lorakit.methods import _peft as peft
+from lorakit.methods._targeted import whole
 
 _LONGER: Final = "makes the sequence longer"
+PROMPT: Final = "prompt_embeddings"  # PEFT's name of the vectors, side by side
+COUNT: Final = "num_virtual_tokens"  # ... and of the number of places
+_HEADS: Final = {"CAUSAL_LM": set[str](), "SEQ_CLS": {"classifier", "score"}}  # what PEFT trains beside a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +47,6 @@ class PrefixMethod(Method):
 
     prefix: int = 16  # places put before the tokens
     infix: int = 0  # places put between context and target
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self, self._rules())
 
     def _rules(self) -> Rules:
         yield whole("prefix", self.prefix, 0)
@@ -69,9 +71,9 @@ class PrefixMethod(Method):
                 f"infix={self.infix}), but {type(model).__name__} has {longest} positions in all; take fewer"
             )
 
-    def shared(self, plan: Plan, model: nn.Module) -> Widths:
-        """The widths of the vectors, which a block does not tell by itself."""
-        return Widths(model)
+    def shared(self, plan: Plan, model: nn.Module) -> Known:
+        """The widths of the vectors, which a block does not tell by itself, and what PEFT calls the model."""
+        return Known(model, None if self.differs_in_peft(model) else task_of(model))
 
     def start(self, deltas: Sequence[Delta], model: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
         """Begin with what the model itself makes of random tokens, at each of the deltas' modules."""
@@ -79,14 +81,77 @@ class PrefixMethod(Method):
         if made and not any(parameter.is_meta for parameter in model.parameters()):
             _start_from_tokens(made, model)
 
+    @classmethod
+    def differs_in_peft(cls, model: nn.Module) -> str:
+        """Why vectors of PEFT's mean something else on a model; "" where they mean the same."""
+        reading = Reading.of(stack_of(model))
+        if not (reading.leading or reading.bidirectional):
+            return ""
+        kind = type(model).__name__
+        return f"PEFT reads the prefix of a {kind} otherwise: before its first token, or from its decoder"
 
-class Widths(nn.Module):
-    """How wide a model's word embeddings and hidden states are."""
+    @classmethod
+    def of_prompt(cls, places: int, train: tuple[str, ...]) -> Self:
+        """The method that PEFT's of our `peft_type` is."""
+        return cls(prefix=places, train=train)
 
-    def __init__(self, model: nn.Module) -> None:
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], tensors: Tensors, model: nn.Module) -> tuple[Self, Plan]:
+        """The prefix of a PEFT folder, for models on which it means the same."""
+        faults = [] if PROMPT in tensors else [f"{PROMPT} is missing"]
+        faults += [why] if (why := cls.differs_in_peft(model)) else []
+        peft.refuse_misfits(config, {COUNT: int}, faults)
+        method = cls.of_prompt(config.get(COUNT, 0), tuple(dict.fromkeys(peft.trained(config, tensors))))
+        return method, method.plan(model)
+
+    def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
+        """PEFT's fields and its one tensor, where PEFT has this prefix on this model; otherwise our own names."""
+        vectors = [delta for delta in deltas if isinstance(delta, Vectors)]
+        shape = self.shape_in_peft(vectors) if self._is_prompt(vectors) else {}
+        if not shape:
+            return {"peft_type": self.name.upper().replace("-", "_")}, named_tensors(deltas)
+        fields = {
+            "peft_type": self.peft_type,
+            COUNT: self.prefix,
+            "num_layers": vectors[0].known.layers,
+            "num_transformer_submodules": 1,
+        }
+        return fields | shape, {PROMPT: torch.cat([each.vectors.detach() for each in vectors], 1)}
+
+    def _is_prompt(self, vectors: Sequence[Vectors]) -> bool:
+        """Whether it is a prefix alone, where PEFT puts one, with the head that PEFT trains beside it, if any."""
+        heads, trained = _HEADS.get(vectors[0].known.task or ""), set(self.train)
+        return heads is not None and not self.infix and trained <= heads and bool(trained) == bool(heads)
+
+    @abstractmethod
+    def shape_in_peft(self, vectors: Sequence[Vectors]) -> dict[str, Any]:
+        """The fields of PEFT's config that tell the vectors' shape; none where it has no such vectors."""
+
+    @torch.no_grad()
+    def read(self, deltas: Sequence[Delta], tensors: Tensors) -> list[str]:
+        """Copy the vectors out of `tensors`, by our names or side by side under PEFT's."""
+        vectors = [delta.vectors for delta in deltas if isinstance(delta, Vectors)]
+        if PROMPT not in tensors or len(vectors) < len(deltas):
+            return super().read(deltas, tensors)
+        widths = [own_ND.shape[1] for own_ND in vectors]
+        found, faults = peft.taken({PROMPT: (sum(self.inserts), sum(widths))}, tensors)
+        for own_ND, value_ND in zip(vectors, found[PROMPT].split(widths, 1) if found else (), strict=False):
+            own_ND.copy_(value_ND)
+        return faults
+
+
+class Known(nn.Module):
+    """What a block does not tell of its model: widths, and what PEFT calls the model."""
+
+    def __init__(self, model: nn.Module, task: str | None) -> None:
         super().__init__()
+        config = cast(Any, stack_of(model)).config
         self.words = model.get_submodule(embedding_path(model)).get_parameter("weight").shape[1]
-        self.hidden = int(cast(Any, stack_of(model)).config.hidden_size)
+        self.hidden = int(config.hidden_size)
+        self.layers = len(sites_within(model, "block"))
+        self.heads = int(getattr(config, "num_attention_heads", None) or 1)
+        self.head_width = int(getattr(config, "head_dim", None) or self.hidden // self.heads)
+        self.task = task  # None where PEFT puts no such prefix before the model's tokens
 
 
 class AtPlaces(Delta):
@@ -116,9 +181,10 @@ class AtPlaces(Delta):
 class Vectors(AtPlaces):
     """One trained vector for each place put in: (N, D)."""
 
-    def __init__(self, placement: Placement, places: int, width: int) -> None:
+    def __init__(self, placement: Placement, places: int, width: int, known: Known) -> None:
         super().__init__(placement, None)
         self.vectors = nn.Parameter(torch.zeros(places, width))
+        self.known = known
 
     def written(self, index_BL: Tensor, y: Tensor) -> Tensor:
         return F.embedding(index_BL.clamp(min=0), self.vectors.to(y.dtype))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
 
-from lorakit.core.method import Method
+from lorakit.core.method import Method, Names, Rules
 from lorakit.core.plan import Placement
 from lorakit.core.sites import Site, matching, resolve
 from lorakit.errors import BadMethod
 
-Rules = Iterator[tuple[str, object, str, bool]]  # a field, its value, what it must be, whether it is that
 _LAYERS = "Linear, Conv1D, Embedding or ungrouped Conv2d"
 
 
@@ -24,12 +21,7 @@ class Targeted(Method):
 
     adapts_experts: ClassVar[bool] = False  # stacked ones, which no layer's call computes
 
-    targets: tuple[str, ...] | str = ("attn.q", "attn.v")  # roles, groups, globs; commas separate them in a text
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._split("targets")
-        refuse(self, self._rules())
+    targets: Names = ("attn.q", "attn.v")  # roles, groups, globs; commas separate them in a text
 
     def _rules(self) -> Rules:
         yield "targets", self.targets, "roles, groups or globs, at least one", bool(self.targets)
@@ -53,16 +45,6 @@ class Targeted(Method):
         return [site for site in sites if site.has_matrix]
 
 
-def refuse(method: Method, rules: Rules) -> None:
-    """Refuse fields that break their rules, all in one sentence.
-
-    Raises:
-        BadMethod: one rule or several are broken.
-    """
-    if faults := [f"{name}={value!r} must be {wanted}" for name, value, wanted, kept in rules if not kept]:
-        raise BadMethod(f"{type(method).__name__} cannot be built so: {'; '.join(faults)}")
-
-
 def refuse_slice(placement: Placement) -> None:
     """Refuse a part of a layer where only the whole will do, as a file may ask for.
 
@@ -74,11 +56,11 @@ def refuse_slice(placement: Placement) -> None:
                         "give no slice")  # fmt: skip
 
 
-def whole(name: str, value: object, least: int = 1) -> tuple[str, object, str, bool]:
+def whole(name: str, value: int, least: int = 1) -> tuple[str, object, str, bool]:
     """The rule of a whole number that is at least `least`."""
-    return name, value, f"a whole number of at least {least}", isinstance(value, int) and value >= least
+    return name, value, f"a whole number of at least {least}", value >= least
 
 
-def finite(name: str, value: object) -> tuple[str, object, str, bool]:
-    """The rule of a finite number."""
-    return name, value, "a finite number", isinstance(value, int | float) and math.isfinite(value)
+def share(name: str, value: float) -> tuple[str, object, str, bool]:
+    """The rule of a number that is at least 0 and below 1."""
+    return name, value, "at least 0 and below 1", 0 <= value < 1

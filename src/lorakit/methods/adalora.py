@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv1DLayout
-from lorakit.core.method import Tensors
+from lorakit.core.method import Rules, Tensors
 from lorakit.core.named import fill
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.sites import Site
@@ -34,7 +34,7 @@ from lorakit.methods._importance import (
     top,
 )
 from lorakit.methods._low_rank import LOW_RANK
-from lorakit.methods._targeted import Rules, finite, whole
+from lorakit.methods._targeted import whole
 
 STD: Final = 0.02  # of P and Q at the start; the paper says Gaussian, its code 0.02
 EPSILON: Final = 1e-5  # added to the rank in the scale, by the paper's code and by PEFT
@@ -100,9 +100,8 @@ class AdaLoRA(Budgeted):
         yield from super()._rules()
         yield whole("rank_start", self.rank_start)
         yield at_most("rank_target", self.rank_target, "rank_start", self.rank_start)
-        yield "alpha", self.alpha, "a finite number above 0", finite("alpha", self.alpha)[3] and self.alpha > 0
-        good = finite("orthogonality", self.orthogonality)[3] and self.orthogonality >= 0
-        yield "orthogonality", self.orthogonality, "a finite number, at least 0", good
+        yield "alpha", self.alpha, "above 0", self.alpha > 0
+        yield "orthogonality", self.orthogonality, "at least 0", self.orthogonality >= 0
 
     def _placement(self, site: Site) -> Placement:
         scale = self.alpha / (self.rank_start + EPSILON)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.method import Method
+from lorakit.core.method import Method, Names
 from lorakit.core.plan import Placement
 from lorakit.core.replace import bias_placements
 from lorakit.core.sites import ADAPTERS, resolve
@@ -35,11 +35,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
 
-    targets: tuple[str, ...] | str = ()  # train only the biases at or below these (roles, groups, globs); none: all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._split("targets")
+    targets: Names = ()  # train only the biases at or below these (roles, groups, globs); none: all
 
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
         """One placement a bias.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Final, Literal, Self, cast
 
 from torch import nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import LinearLayout, layout_of
-from lorakit.core.method import Method
+from lorakit.core.method import Method, Rules
 from lorakit.core.plan import MODULE, Placement, Plan
 from lorakit.core.sites import ADAPTERS, Site, family_of, modules_of, sites_of
 from lorakit.core.state import deltas_of
@@ -29,7 +29,7 @@ from lorakit.methods._narrow import (
     kronecker,
     start_all,
 )
-from lorakit.methods._targeted import Rules, refuse, whole
+from lorakit.methods._targeted import whole
 
 Place = Literal["sublayers", "mlp", "residual", "block"]
 AFTER, AROUND = "bottleneck", "bottleneck-around-norm"
@@ -86,17 +86,10 @@ class Bottleneck(Method):
     drop_most: int = 0  # leave out a random number of the lowest blocks, up to this, anew in every training step
     seed: int = 0  # of these random numbers
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self, self._rules())
-
     def _rules(self) -> Rules:
         yield from (whole(name, getattr(self, name), 0) for name in ("kronecker", "drop", "drop_most", "seed"))
         yield whole("size", self.size)
-        for name, hint in (("place", Place), ("activation", Activation), ("init", Start)):
-            value = getattr(self, name)
-            yield name, value, f"one of {get_args(hint)}", value in get_args(hint)
-        if isinstance(self.size, int) and isinstance(self.kronecker, int) and self.kronecker > 0:
+        if self.kronecker > 0:
             yield "size", self.size, f"a multiple of kronecker={self.kronecker}", self.size % self.kronecker == 0
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.core.checked import misfits, types_of
 from lorakit.core.delta import Delta
-from lorakit.core.method import Method, Tensors, named, split
+from lorakit.core.method import Method, Names, Tensors, named, split
 from lorakit.core.plan import BIAS, MODULE, Placement, Plan
 from lorakit.core.sites import Site
 from lorakit.errors import BadMethod
@@ -232,7 +232,7 @@ class Together(nn.Module):
         self.of = of  # each part's deltas hold their own
 
 
-def combine(*parts: Method | str | Mapping[str, Any], train: tuple[str, ...] | str = ()) -> Combine:
+def combine(*parts: Method | str | Mapping[str, Any], train: Names = ()) -> Combine:
     """Several methods as one.
 
     >>> both = combine("lora", {"name": "bitfit", "targets": "norm.mlp"})

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from lorakit.core.attach import new_deltas, put
 from lorakit.core.delta import Delta
-from lorakit.core.method import Method
+from lorakit.core.method import Rules
 from lorakit.core.plan import Placement
 from lorakit.core.state import Attached, attached_to, deltas_of
 from lorakit.errors import BadMethod
 from lorakit.methods._low_rank import LOW_RANK, Factors, LowRankMethod
-from lorakit.methods._targeted import Rules, finite, whole
+from lorakit.methods._targeted import whole
 from lorakit.methods.lora import LoRA
 
 Distribution = Literal["uniform", "geometric"]
@@ -30,12 +30,13 @@ Distribution = Literal["uniform", "geometric"]
 
 @dataclass(frozen=True, kw_only=True)
 class DyLoRA(LowRankMethod):
-    """h = W0 x + (alpha / b) B[:, :b] A[:b] x, where each training step draws b out of `rank_min` to `rank`.
+    """h = W0 x + (alpha / b) B[:, :b] A[:b] x, where each training step draws b out of `rank_min` to R.
 
     The first directions are trained in every step and the last in few, so that they come to be sorted by what they are
     worth, and the first b of them are a LoRA adapter of rank b: `DyLoRA.truncate` makes it. Out of training all of them
-    are used. All sites have the same b in a step (or their whole rank, where that is smaller); it depends on `seed` and
-    on the step's number only. With `frozen`, a step trains the b-th direction alone and leaves those before it as is.
+    are used. R is the largest rank of a site: `rank`, but for `ranks` and data that give a site more. All sites have
+    the same b in a step (or their whole rank, where that is smaller); it depends on `seed` and on the step's number
+    only. With `frozen`, a step trains the b-th direction alone and leaves those before it as is.
 
     Example:
         >>> DyLoRA(rank=8, distribution="geometric").rank_min
@@ -56,11 +57,8 @@ class DyLoRA(LowRankMethod):
     def _rules(self) -> Rules:
         yield from super()._rules()
         yield whole("rank_min", self.rank_min)
-        smallest = isinstance(self.rank_min, int) and isinstance(self.rank, int) and self.rank_min <= self.rank
-        yield "rank_min", self.rank_min, f"at most rank ({self.rank})", smallest
-        known = self.distribution in get_args(Distribution)
-        yield "distribution", self.distribution, f"one of {get_args(Distribution)}", known
-        yield "stop", self.stop, "above 0 and below 1", finite("stop", self.stop)[3] and 0 < self.stop < 1
+        yield "rank_min", self.rank_min, f"at most rank ({self.rank})", self.rank_min <= self.rank
+        yield "stop", self.stop, "above 0 and below 1", 0 < self.stop < 1
         yield whole("seed", self.seed, 0)
 
     @classmethod
@@ -72,19 +70,22 @@ class DyLoRA(LowRankMethod):
         """Room for A and B."""
         return Nested(placement, module, self.dropout, rooted=self.scaling != "alpha/r", frozen=self.frozen)
 
-    def drawn(self, step: int) -> int:
+    def ranks_for(self, plan: Sequence[Placement]) -> range:
+        """The ranks that a training of these placements draws from."""
+        return range(self.rank_min, max([self.rank, *(placement.rank for placement in plan)]) + 1)
+
+    def drawn(self, step: int, ranks: range) -> int:
         """The rank b of a training step.
 
-        >>> [DyLoRA(rank=4).drawn(step) for step in range(1, 9)]
+        >>> [DyLoRA(rank=4).drawn(step, range(1, 5)) for step in range(1, 9)]
         [1, 1, 3, 3, 2, 3, 4, 4]
         """
-        ranks = range(self.rank_min, self.rank + 1)
         weights = [1.0 if self.distribution == "uniform" else (1 - self.stop) ** b for b in ranks]
         return random.Random(f"{self.seed} {step}").choices(ranks, weights)[0]
 
     def before_step(self, deltas: Sequence[Delta], step: int, steps: int) -> None:
         """Draw the rank of this step."""
-        rank = self.drawn(step)
+        rank = self.drawn(step, self.ranks_for([delta.placement for delta in nested(deltas)]))
         for delta in nested(deltas):
             delta.drawn = rank
 
@@ -115,7 +116,7 @@ class DyLoRA(LowRankMethod):
         Args:
             model: the model that has the adapter.
             name: the DyLoRA adapter.
-            rank: from the method's `rank_min` to its `rank`.
+            rank: from the method's `rank_min` to the largest rank of a site.
             new_name: what the LoRA adapter is called (default: the name and the rank, `reviews-4`).
             trainable: whether its numbers are trained further.
             active: whether to switch to it.
@@ -139,7 +140,7 @@ class DyLoRA(LowRankMethod):
             128
         """
         record = attached_to(model, name)
-        method = _narrowed(record.method, name, rank)
+        method = _narrowed(record, name, rank)
         plan = tuple(_shortened(each, method) if each.kind == LOW_RANK else each for each in record.plan)
         built = new_deltas(model, method, plan)
         for (_, new), old in zip(built, deltas_of(model, name), strict=True):
@@ -195,17 +196,18 @@ def nested(deltas: Sequence[Delta]) -> list[Nested]:
     return [delta for delta in deltas if isinstance(delta, Nested)]
 
 
-def _narrowed(method: Method, name: str, rank: int) -> LoRA:
+def _narrowed(record: Attached, name: str, rank: int) -> LoRA:
     """LoRA of a rank for which a DyLoRA adapter was trained."""
+    method = record.method
     if not isinstance(method, DyLoRA):
         raise BadMethod(
             f"{name!r} is {method.name}, which was trained for one rank only; truncate takes DyLoRA adapters"
         )
-    if not method.rank_min <= rank <= method.rank:
-        raise BadMethod(f"{name!r} was trained for the ranks {method.rank_min} to {method.rank}, not for {rank}")
+    ranks = method.ranks_for(record.plan)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in ranks:
+        raise BadMethod(f"{name!r} was trained for the ranks {ranks[0]} to {ranks[-1]}, not for {rank!r}")
     common = {field.name: getattr(method, field.name) for field in fields(LoRA)}
-    ranks = {target: min(own, rank) for target, own in method.ranks.items()}
-    return LoRA(**common | {"rank": rank, "ranks": ranks})
+    return LoRA(**common | {"rank": rank, "ranks": {target: min(own, rank) for target, own in method.ranks.items()}})
 
 
 def _shortened(placement: Placement, method: LoRA) -> Placement:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import Layout
-from lorakit.core.method import Tensors
+from lorakit.core.method import Rules, Tensors
 from lorakit.core.plan import Placement
 from lorakit.core.sites import Site
 from lorakit.methods import _lora_peft as peft_format
@@ -33,7 +33,7 @@ from lorakit.methods._importance import (
     top,
 )
 from lorakit.methods._low_rank import LOW_RANK
-from lorakit.methods._targeted import Rules, finite, whole
+from lorakit.methods._targeted import whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,6 @@ class DynamicLoRA(Budgeted):
         yield whole("rank_max", self.rank_max)
         yield at_most("rank_start", self.rank_start, "rank_max", self.rank_max)
         yield at_most("rank_end", self.rank_end, "rank_max", self.rank_max)
-        yield finite("alpha", self.alpha)
 
     @classmethod
     def is_in_peft(cls, config: Mapping[str, Any]) -> bool:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.method import Method, Tensors
+from lorakit.core.method import Method, Rules, Tensors
 from lorakit.core.plan import MODULE, Placement, Plan
 from lorakit.core.replace import module_placements
 from lorakit.core.sites import ADAPTERS, modules_of, sites_of
 from lorakit.core.state import Adapters
 from lorakit.errors import BadMethod, BadState
-from lorakit.methods._targeted import refuse, whole
+from lorakit.methods._targeted import whole
 
 WHOLE = "whole"
 Weight = tuple[str, nn.Module, str, nn.Parameter]  # its dotted name, the module and key that hold it, and itself
@@ -49,9 +49,8 @@ class Full(Method):
 
     top: int = 0  # train only the last k blocks; 0 trains the whole model
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse(self, iter([whole("top", self.top, 0)]))
+    def _rules(self) -> Rules:
+        yield whole("top", self.top, 0)
 
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
         """One placement for each module with weights, and one for each stack of blocks.

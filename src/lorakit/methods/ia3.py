@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv1DLayout, Layout
-from lorakit.core.method import Tensors
+from lorakit.core.method import Names, Rules, Tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.sites import Site, resolve
 from lorakit.errors import BadMethod
 from lorakit.methods import _peft as peft
 from lorakit.methods._linear import linear_layout, linear_sites, out_features
-from lorakit.methods._targeted import Rules, Targeted, refuse_slice
+from lorakit.methods._targeted import Targeted, refuse_slice
 
 OUTPUT, INPUT = "scaled-output", "scaled-input"
 ENDING = ".ia3_l"
@@ -44,12 +44,8 @@ class IA3(Targeted):
     kinds: ClassVar[tuple[str, ...]] = (OUTPUT, INPUT)
     peft_type: ClassVar[str] = "IA3"
 
-    targets: tuple[str, ...] | str = ("attn.k", "attn.v")  # layers whose output is scaled: roles, groups, globs
-    inputs: tuple[str, ...] | str = ("mlp.down",)  # layers whose input is scaled
-
-    def __post_init__(self) -> None:
-        self._split("inputs")
-        super().__post_init__()
+    targets: Names = ("attn.k", "attn.v")  # layers whose output is scaled: roles, groups, globs
+    inputs: Names = ("mlp.down",)  # layers whose input is scaled
 
     def _rules(self) -> Rules:
         yield "targets", self.targets, "roles, groups or globs, at least one here or in inputs", bool(self._all())

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv1DLayout, Layout, layout_of
-from lorakit.core.method import Tensors
+from lorakit.core.method import Rules, Tensors
 from lorakit.core.named import named_tensors, read_named
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.sites import Site
 from lorakit.errors import BadAdapterFile, BadMethod
 from lorakit.methods import _peft as peft
 from lorakit.methods._linear import linear_layout, linear_sites, out_features
-from lorakit.methods._targeted import Rules, Targeted, finite, whole
+from lorakit.methods._targeted import Targeted, whole
 
 log = logging.getLogger("lorakit")
 KIND, PREFIX, NEAREST = "kronecker", "lokr_", -1
@@ -69,7 +69,6 @@ class LoKr(Targeted):
     def _rules(self) -> Rules:
         yield from super()._rules()
         yield whole("rank", self.rank)
-        yield finite("alpha", self.alpha)
         yield "factor", self.factor, "a whole number of at least 1, or -1", self.factor == NEAREST or self.factor >= 1
 
     def sites(self, model: nn.Module) -> list[Site]:

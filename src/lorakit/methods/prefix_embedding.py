@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final, cast
 
 from torch import nn
 
-from lorakit.core.delta import Delta
-from lorakit.core.method import Tensors
-from lorakit.core.named import named_tensors
-from lorakit.core.plan import Placement, Plan
-from lorakit.core.stack import Reading, embedding_path, stack_of
-from lorakit.methods import _peft as peft
-from lorakit.methods._prefix import PrefixMethod, Vectors, Widths
+from lorakit.core.plan import Placement
+from lorakit.core.stack import embedding_path
+from lorakit.methods._prefix import Known, PrefixMethod, Vectors
 from lorakit.methods._targeted import refuse_slice
 
 WORDS: Final = "word vectors"
-PROMPT: Final = "prompt_embeddings"  # PEFT's name of the vectors
-COUNT: Final = "num_virtual_tokens"  # ... and of their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +36,7 @@ class PrefixEmbedding(PrefixMethod):
 
     name: ClassVar[str] = "prefix-embedding"
     kinds: ClassVar[tuple[str, ...]] = (WORDS,)
+    peft_type: ClassVar[str] = "PROMPT_TUNING"
 
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
         """The word embeddings that the blocks read."""
@@ -51,26 +46,10 @@ class PrefixEmbedding(PrefixMethod):
     def build(self, placement: Placement, module: nn.Module, shared: nn.Module | None) -> Vectors:
         """Room for the vectors."""
         refuse_slice(placement)
-        return Vectors(placement, sum(self.inserts), cast(Widths, shared).words)
+        known = cast(Known, shared)
+        return Vectors(placement, sum(self.inserts), known.words, known)
 
-    @classmethod
-    def is_in_peft(cls, config: Mapping[str, Any]) -> bool:
-        """PEFT's prompt tuning, which is a prefix without an infix."""
-        return config.get("peft_type") == "PROMPT_TUNING"
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any], tensors: Tensors, model: nn.Module) -> tuple[Self, Plan]:
-        """The prefix of a PEFT folder: PEFT puts it before all tokens, which is ours where a text is read forwards."""
-        reading, kind = Reading.of(stack_of(model)), type(model).__name__
-        faults = [] if PROMPT in tensors else [f"{PROMPT} is missing"]
-        if reading.leading or reading.bidirectional:
-            faults.append(f"PEFT reads the prefix of a {kind} otherwise: before its first token, or from its decoder")
-        peft.refuse_misfits(config, {COUNT: int}, faults)
-        method = cls(prefix=config.get(COUNT, 0), train=tuple(dict.fromkeys(peft.trained(config, tensors))))
-        return method, method.plan(model)
-
-    def read(self, deltas: Sequence[Delta], tensors: Tensors) -> list[str]:
-        """Copy the vectors out of `tensors`, by our name or PEFT's."""
-        if PROMPT in tensors:
-            tensors |= {name: tensors.pop(PROMPT) for name in named_tensors(deltas)}
-        return super().read(deltas, tensors)
+    def shape_in_peft(self, vectors: Sequence[Vectors]) -> dict[str, Any]:
+        """As wide as word embeddings."""
+        known = vectors[0].known
+        return {"token_dim": known.words, "num_attention_heads": known.heads, "prompt_tuning_init": "RANDOM"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Literal, cast, get_args
+from typing import Any, ClassVar, Final, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import layout_of
 from lorakit.core.plan import Placement
-from lorakit.core.sites import Site, unbatched
-from lorakit.core.stack import sites_within
+from lorakit.core.sites import Site, modules_of, unbatched
+from lorakit.core.stack import embedding_path, sites_within, stack_of
 from lorakit.errors import BadMethod
-from lorakit.methods._prefix import AtPlaces, PrefixMethod, Vectors, Widths
-from lorakit.methods._targeted import Rules, refuse_slice
+from lorakit.methods._prefix import AtPlaces, Known, PrefixMethod, Vectors
+from lorakit.methods._targeted import refuse_slice
 
 Form = Literal["hidden", "key-value"]
 HIDDEN: Final = "hidden states"
@@ -48,12 +48,9 @@ class PrefixLayer(PrefixMethod):
 
     name: ClassVar[str] = "prefix-layer"
     kinds: ClassVar[tuple[str, ...]] = (HIDDEN, LAST, KEYS_VALUES)
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
 
     form: Form = "hidden"  # what is overwritten: hidden (after every block) or key-value (in every attention)
-
-    def _rules(self) -> Rules:
-        yield from super()._rules()
-        yield "form", self.form, f"one of {get_args(Form)}", self.form in get_args(Form)
 
     def places(self, model: nn.Module, statistics: Mapping[Any, Any] | None) -> Sequence[Placement]:
         """Every block, or every layer that makes keys or values."""
@@ -72,7 +69,8 @@ class PrefixLayer(PrefixMethod):
         yield self._placement(last, LAST)
 
     def _keys_values(self, model: nn.Module) -> Iterator[Placement]:
-        sites = sites_within(model, "attn.k", "attn.v")
+        keys, values = sites_within(model, "attn.k"), sites_within(model, "attn.v")
+        sites = [site for pair in zip(keys, values, strict=False) for site in pair]  # the order of PEFT's, too
         blocks, kind = sites_within(model, "block"), type(model).__name__
         if len(sites) != 2 * len(blocks) or any(site.layout is None for site in sites):
             raise BadMethod(f"{kind} has {len(blocks)} blocks but {len(sites)} layers known to make keys or values, so "
@@ -83,13 +81,41 @@ class PrefixLayer(PrefixMethod):
 
     def build(self, placement: Placement, module: nn.Module, shared: nn.Module | None) -> Delta:
         """Room for the vectors of one module."""
-        widths, places = cast(Widths, shared), sum(self.inserts)
+        known, places = cast(Known, shared), sum(self.inserts)
         if placement.kind == KEYS_VALUES:
-            return Vectors(placement, places, _width(placement, module))
+            return Vectors(placement, places, _width(placement, module), known)
         refuse_slice(placement)
         if placement.kind == LAST:
-            return LastVectors(placement, places, widths.hidden, self.prefix)
-        return Vectors(placement, places, widths.hidden)
+            return LastVectors(placement, places, known.hidden, self.prefix)
+        return Vectors(placement, places, known.hidden, known)
+
+    @classmethod
+    def differs_in_peft(cls, model: nn.Module) -> str:
+        """Also where attention rotates or norms keys: PEFT's are put behind that, ours before."""
+        why, kind = super().differs_in_peft(model), type(model).__name__
+        if why or _keys_stay(model):
+            return why
+        return (
+            f"PEFT's keys are those that attention reads and ours those that key layers give, between which a {kind} "
+            "may rotate or norm them (they are known to be the same only where positions come from a table)"
+        )
+
+    @classmethod
+    def of_prompt(cls, places: int, train: tuple[str, ...]) -> Self:
+        """PEFT's prefix tuning."""
+        return cls(prefix=places, form="key-value", train=train)
+
+    def shape_in_peft(self, vectors: Sequence[Vectors]) -> dict[str, Any]:
+        """Keys and values of each block side by side, as heads of one width."""
+        known, (width, *others) = vectors[0].known, {each.vectors.shape[1] for each in vectors}
+        if self.form != "key-value" or others or width % known.head_width:
+            return {}
+        return {
+            "token_dim": width,
+            "num_attention_heads": width // known.head_width,
+            "encoder_hidden_size": width,
+            "prefix_projection": False,
+        }
 
 
 class LastVectors(AtPlaces):
@@ -107,6 +133,13 @@ class LastVectors(AtPlaces):
     def written(self, index_BL: Tensor, y: Tensor) -> Tensor:
         vectors_BLD = F.embedding(index_BL.clamp(min=0), self.unread.to(y.dtype))
         return torch.where(index_BL[:, :, None] < self.prefix, vectors_BLD, y)
+
+
+def _keys_stay(model: nn.Module) -> bool:
+    """Whether attention reads keys as their layers give them: positions come from a table, and nothing rotates."""
+    stack, words = stack_of(model), model.get_submodule(embedding_path(model))
+    tables = [child for child in stack.children() if isinstance(child, nn.Embedding) and child is not words]
+    return bool(tables) and not any("rotary" in path for path, _ in modules_of(stack))
 
 
 def _width(placement: Placement, module: nn.Module) -> int:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv1DLayout, Layout
-from lorakit.core.method import Tensors
+from lorakit.core.method import Rules, Tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.sites import Site, Slice
 from lorakit.errors import BadAdapterFile, BadMethod
 from lorakit.methods import _peft as peft
 from lorakit.methods._linear import linear_layout, linear_sites, out_features
-from lorakit.methods._targeted import Rules, Targeted, finite, whole
+from lorakit.methods._targeted import Targeted, share, whole
 
 KIND = "scaled-projection"
 ROOT, A, B = "base_model.", "vera_A", "vera_B"  # the file has them under PEFT's root, with no layer's path
@@ -64,8 +64,7 @@ class VeRA(Targeted):
         yield from super()._rules()
         yield whole("rank", self.rank)
         yield whole("seed", self.seed, 0)
-        yield finite("d_initial", self.d_initial)
-        yield "dropout", self.dropout, "at least 0 and below 1", 0 <= self.dropout < 1
+        yield share("dropout", self.dropout)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The targets' linear layers."""

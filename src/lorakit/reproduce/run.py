@@ -18,7 +18,7 @@ from lorakit.core.atomic import write_files
 from lorakit.core.files import TENSORS
 from lorakit.core.method import Method
 from lorakit.core.statistics import Statistics
-from lorakit.data import Data, Dataset, collate, encode, encode_texts, open_data, order
+from lorakit.data import Data, Dataset, TooShort, collate, encode, encode_texts, open_data, order
 from lorakit.errors import BadMethod
 from lorakit.methods import DEFAULT
 from lorakit.reproduce.calibration import gathered
@@ -90,7 +90,7 @@ def adapt(
     out, name = Path(run_.out), Path(run_.out).resolve().name
     torch.manual_seed(run_.train.seed)
     method = with_head(model, run_.method)
-    examples = feed(model, tokenizer, data, run_.train, room=sum(method.inserts))
+    examples = feed(model, tokenizer, data, run_.train, method)
     lk.attach(model, method, name, statistics=_statistics(model, method, examples, run_))
     steps = run(model, examples, run_.train, name=name, out=out, resume=resume)
     results = _results_in(out) if resume else None
@@ -152,11 +152,28 @@ def with_head(model: Any, method: Method) -> Method:
     return replace(method, **{"train": tuple(heads(model))})
 
 
-def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, *, room: int = 0) -> Feed:
-    """The training examples as token ids, in batches; `room` positions stay free for what a method inserts."""
+def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, method: Method | None = None) -> Feed:
+    """The training examples as token ids, in batches; positions stay free for what the method is going to insert.
+
+    Raises:
+        BadMethod: it leaves too few of them for any example.
+        BadData: examples that cannot be learned from.
+    """
     to_ids = encode_texts if classifies(model) else encode
-    length = min(settings.max_length, models.longest(model) - room)
-    return Feed(to_ids(data.train, tokenizer, length), tokenizer.pad_token_id, collate, order)
+    prefix, infix = method.inserts if method else (0, 0)
+    longest = models.longest(model)
+    left = max(longest - prefix - infix, 0)
+    try:
+        encoded = to_ids(data.train, tokenizer, min(settings.max_length, max(left, 1)))
+    except TooShort as error:
+        if not method or left == longest or left >= settings.max_length:
+            raise
+        raise BadMethod(
+            f"{method.name} puts {prefix + infix} places into the sequence (prefix={prefix}, infix={infix}), but "
+            f"{type(model).__name__} has {longest} positions in all, which leaves {left or 'none'} for an example; it "
+            f"needs {error.least} or more, so take a shorter prefix"
+        ) from error
+    return Feed(encoded, tokenizer.pad_token_id, collate, order)
 
 
 def figures(model: Any, name: str, out: Path) -> dict[str, Any]:
