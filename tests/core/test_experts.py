@@ -197,6 +197,7 @@ def test_it_compiles_where_the_model_does(way: str, dtype: torch.dtype, what: An
         assert close(compiled(tokens(model)).logits, output(model), 1e-5 if dtype is torch.float32 else 0.05)
 
 
+@pytest.mark.slow
 def test_grouped_bf16_products_do_not_compile_and_never_lose_the_adapter() -> None:
     """torch.compile takes PyTorch's own grouped product as it is, and finds that the stand-in has no values."""
     torch._dynamo.reset()

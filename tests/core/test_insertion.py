@@ -23,7 +23,7 @@ from lorakit.errors import BadData, BadMethod, BadRouting, BadState
 from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.methods.prefix_layer import PrefixLayer
 from lorakit.train.loss import picked_backward
-from tests.laws.cases import close, scramble
+from tests.laws.cases import CORE, close, scramble
 from tests.tiny import DECODERS, inputs, tiny, tokens
 
 FORMS: dict[str, Method] = {
@@ -489,7 +489,7 @@ def test_a_whole_forward_is_recomputed_as_it_ran() -> None:
 
 @torch.no_grad()
 @every_form
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in CORE[1:3])])
 def test_a_compiled_model_reads_the_longer_sequence_and_compiles_once(family: str, form: str) -> None:
     torch._dynamo.reset()
     model, graphs, first = prefixed(family, form), [], 0

@@ -106,7 +106,7 @@ def test_without_the_callback_the_trainer_writes_the_base_alone(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("reentrant", [None, *(pytest.param(mode, marks=pytest.mark.slow) for mode in (False, True))])
 def test_gradient_checkpointing_gives_the_same_adapter(reentrant: bool | None, tmp_path: Path) -> None:
     plain, checkpointed = adapted(), adapted()
     trainer(plain, tmp_path, save_strategy="no").train()

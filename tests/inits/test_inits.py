@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lorakit as lk
 from lorakit.core import registry
 from lorakit.core.calibrate import calibrate
 from lorakit.core.initialise import initialisation
@@ -16,6 +17,7 @@ from lorakit.core.sites import Site
 from lorakit.core.statistics import NEEDS, Moment, SiteStatistics
 from lorakit.errors import BadMethod, UnknownName
 from tests.laws.cases import close
+from tests.tiny import tiny, tokens
 
 EVERY = registry.names("lorakit.inits")
 SIZES = ((5, 9), (9, 5))  # out, in
@@ -84,6 +86,15 @@ def test_fewer_tokens_than_the_rank_are_refused(name: str) -> None:
     with pytest.raises(BadMethod, match=r"come from too few tokens \(3\), which span fewer than 3 directions"):
         initialisation(name).init(weight, 3, statistics_of(weight, tokens=3))
     initialisation(name).init(weight, 3, statistics_of(weight, tokens=4))
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name.startswith("covariance")])
+def test_an_adapter_from_too_few_tokens_names_the_layer(name: str) -> None:
+    model, method = tiny("llama"), lk.LoRA(rank=4, init=name)
+    few = tokens(model)[:1, :3]
+    found = calibrate(model, method.sites(model), [{"input_ids": few, "labels": few}], needs=method.needs())
+    with pytest.raises(BadMethod, match=rf"layers\.0\.self_attn\.q_proj cannot be initialised by '{name}': .*too few"):
+        lk.attach(model, method, statistics=found)
 
 
 READS_WEIGHT = ("pissa", "pissa-randomised", "olora", "covariance-corda", "covariance-corda-kpm", "covariance-both")

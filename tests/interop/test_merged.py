@@ -114,6 +114,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_merging_needs_at_most_a_quarter_of_the_checkpoint_in_memory(tmp_path: Path) -> None:
     """The model has one shard only, so that no part of the checkpoint is small enough to be read whole."""
     for name, size in (

@@ -50,7 +50,7 @@ def test_rows_of_a_mixed_batch_equal_each_alone(family: str, method: str, dtype:
 
 
 @pytest.mark.parametrize("parts", [("lora", "dora"), ("dora", "ia3")])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapters_with_the_same_parts_in_another_order_share_a_batch(parts: tuple, compiled: bool) -> None:
     model = tiny("gpt2")
     for number, name in enumerate("ab"):

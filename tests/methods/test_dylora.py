@@ -216,6 +216,7 @@ def test_dropout_acts_in_a_step_of_any_rank() -> None:
         assert torch.equal(output(model), output(model))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_follows_the_drawn_rank() -> None:
     torch._dynamo.reset()
     model = _adapted(targets="attn.q")
