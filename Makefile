@@ -26,7 +26,7 @@ test: $(VENV)/.dev  ## install what the tests need, run the default suite
 	$(PYTEST) -n $(JOBS) $(ARGS)
 
 test-slow: $(VENV)/.dev  ## the tests marked slow
-	$(PYTEST) -n $(JOBS) -m "slow and not gpu and not network" --timeout 1200 $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not network" --timeout 1200 $(ARGS)
 
 test-lowest: $(LOWEST)/.done  ## the laws once on the lowest supported transformers
 	PYTHONPATH=$(LOWEST) $(PYTEST) -n $(JOBS) tests/laws $(ARGS)
