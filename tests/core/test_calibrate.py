@@ -354,7 +354,7 @@ def _constant(model: nn.Module, batch: Any) -> Tensor:
 
 MISUSES = {
     "nothing": (dict(batches=[]), BadData, "there is no calibration batch"),
-    "no rows": (dict(batches=[{"input_ids": torch.zeros(0, 7).long()}]), BadData, "batch 1 is empty: input_ids has no"),
+    "no rows": (dict(batches=[{"input_ids": torch.zeros(0, 7).long()}]), BadData, "batch 1 is empty; leave it out"),
     "no inputs": (dict(batches=[{}]), BadData, "batch 1 is empty; leave it out"),
     "padding": (dict(masked=True), BadData, "no calibration batch reached .*q_proj"),
     "tuple": (dict(batches=[(1,)]), BadData, "batch 1 is a tuple"),

@@ -137,7 +137,7 @@ def test_a_part_in_python_may_hold_tuples() -> None:
 
 @pytest.mark.parametrize("parts", [5, None, {"name": "lora"}])
 def test_parts_are_a_list_or_a_text(parts: Any) -> None:
-    with pytest.raises(BadMethod, match=r"parts=.* must be (two methods or more|a list or a text)"):
+    with pytest.raises(BadMethod, match=r"parts=.* must be (two methods or more|a list, or a text)"):
         Combine(parts=parts)
 
 

@@ -165,6 +165,9 @@ def test_a_site_of_more_directions_has_them_all_trained(fields: dict) -> None:
     whole = output(model)
     DyLoRA.truncate(model, "a", most)
     assert close(output(model), whole, 1e-6)
+    record = attached_to(model, f"a-{most}")
+    assert record.method.rank == 4
+    assert [each.rank for each in record.plan] == [delta.placement.rank for delta in _own(model)]
 
 
 @pytest.mark.parametrize("fields", [dict(), dict(distribution="geometric"), dict(distribution="geometric", stop=0.5)])

@@ -89,9 +89,8 @@ def _pass(
     for number, given in enumerate(_each(batches), 1):
         if not isinstance(given, Mapping):
             raise BadData(f"batch {number} is a {type(given).__name__}, not a mapping of forward's keywords")
-        empty = next((key for key, value in given.items() if isinstance(value, Tensor) and not value.numel()), None)
-        if not given or empty:
-            raise BadData(f"batch {number} is empty{f': {empty} has no values' if empty else ''}; leave it out")
+        if not any(value.numel() if isinstance(value, Tensor) else True for value in given.values()):
+            raise BadData(f"batch {number} is empty; leave it out")
         batch = {key: value.detach().to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
         positions = positions_of(batch, number, before, labelled_only=labelled_only, two_sided=two_sided)
         gatherer.take(model, batch, positions, loss)

@@ -10,7 +10,12 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 LARGEST_INT, LARGEST_FLOAT = 2**31, 1e38
-_WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+_WORDS = {
+    int: "a whole number of 32 bits",
+    float: "a finite number of 32 bits",
+    bool: "True or False",
+    str: "a text",
+}
 
 
 def misfits(
@@ -63,16 +68,16 @@ def fits(value: object, hint: Any) -> bool:
 def described(hint: Any) -> str:
     """A type in words.
 
-    >>> described(dict[str, int]), described(Literal["none", "all"])
-    ('a mapping with a whole number for each name', "one of ('none', 'all')")
+    >>> described(dict[str, bool]), described(Literal["none", "all"]), described(tuple[str, ...] | str)
+    ('a mapping with True or False for each name', "one of ('none', 'all')", 'a list, each a text, or a text')
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(described(part) for part in parts)
+        return ", or ".join(described(part) for part in parts)
     if origin is Literal:
         return f"one of {parts}"
     if origin in (list, tuple):
-        return "a list"
+        return "a list" if parts[0] is Any else f"a list, each {described(parts[0])}"
     if origin is not None:
         return f"a mapping with {described(parts[1])} for each name"
     return _WORDS.get(hint, str(getattr(hint, "__name__", hint)))

@@ -28,8 +28,9 @@ METHODS = "lorakit.methods"
 class Method(ABC):
     """A frozen, comparable, JSON-able description of an adapter.
 
-    A new method is one file in `methods/`: a dataclass with `places` and `build`, and a `Delta`. What else it can say:
-    how its deltas start, what they add to the loss, what happens around a training step, and how PEFT would write it.
+    A new method is one file in `methods/`: a dataclass with `places` and `build`, and a `Delta`. Its fields are checked
+    by their types, which have to be importable at run time. What else it can say: how its deltas start, what they add
+    to the loss, what happens around a training step, and how PEFT would write it.
     """
 
     name: ClassVar[str]

@@ -97,8 +97,8 @@ class LowRankMethod(Targeted):
         try:
             return share(found, self.rank)
         except BadMethod as error:
-            fewest = min(zip(sites, found, strict=True), key=lambda pair: pair[1].tokens)[0]
-            raise BadMethod(f"{fewest.path} cannot be initialised by {self.init!r}: {error}") from error
+            few = (site for site, each in zip(sites, found, strict=True) if each.tokens <= self.rank)
+            raise BadMethod(f"{next(few, sites[0]).path} cannot be initialised by {self.init!r}: {error}") from error
 
     def _placement(self, site: Site, rank: int, alpha: float) -> Placement:
         scale = alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))

@@ -107,7 +107,8 @@ class PrefixMethod(Method):
     def to_peft(self, deltas: Sequence[Delta]) -> tuple[dict[str, Any], Tensors]:
         """PEFT's fields and its one tensor, where PEFT has this prefix on this model; otherwise our own names."""
         vectors = [delta for delta in deltas if isinstance(delta, Vectors)]
-        shape = self.shape_in_peft(vectors) if self._is_prompt(vectors) else {}
+        is_here = all(each.vectors.numel() for each in vectors)  # not sharded away, which has a sentence of its own
+        shape = self.shape_in_peft(vectors) if is_here and self._is_prompt(vectors) else {}
         if not shape:
             return {"peft_type": self.name.upper().replace("-", "_")}, named_tensors(deltas)
         fields = {
@@ -116,7 +117,8 @@ class PrefixMethod(Method):
             "num_layers": vectors[0].known.layers,
             "num_transformer_submodules": 1,
         }
-        return fields | shape, {PROMPT: torch.cat([each.vectors.detach() for each in vectors], 1)}
+        device = vectors[0].vectors.device  # blocks may be on several
+        return fields | shape, {PROMPT: torch.cat([each.vectors.detach().to(device) for each in vectors], 1)}
 
     def _is_prompt(self, vectors: Sequence[Vectors]) -> bool:
         """Whether it is a prefix alone, where PEFT puts one, with the head that PEFT trains beside it, if any."""

@@ -34,7 +34,7 @@ class DyLoRA(LowRankMethod):
 
     The first directions are trained in every step and the last in few, so that they come to be sorted by what they are
     worth, and the first b of them are a LoRA adapter of rank b: `DyLoRA.truncate` makes it. Out of training all of them
-    are used. R is the largest rank of a site: `rank`, but for `ranks` and data that give a site more. All sites have
+    are used. R is `rank`, or the largest rank of a site, where `ranks` or data give one more. All sites have
     the same b in a step (or their whole rank, where that is smaller); it depends on `seed` and on the step's number
     only. With `frozen`, a step trains the b-th direction alone and leaves those before it as is.
 
@@ -116,7 +116,7 @@ class DyLoRA(LowRankMethod):
         Args:
             model: the model that has the adapter.
             name: the DyLoRA adapter.
-            rank: from the method's `rank_min` to the largest rank of a site.
+            rank: from the method's `rank_min` to its `rank`, or to the largest rank of a site where that is more.
             new_name: what the LoRA adapter is called (default: the name and the rank, `reviews-4`).
             trainable: whether its numbers are trained further.
             active: whether to switch to it.
@@ -141,7 +141,7 @@ class DyLoRA(LowRankMethod):
         """
         record = attached_to(model, name)
         method = _narrowed(record, name, rank)
-        plan = tuple(_shortened(each, method) if each.kind == LOW_RANK else each for each in record.plan)
+        plan = tuple(_shortened(each, rank, method) if each.kind == LOW_RANK else each for each in record.plan)
         built = new_deltas(model, method, plan)
         for (_, new), old in zip(built, deltas_of(model, name), strict=True):
             _copy(new, old)
@@ -203,15 +203,16 @@ def _narrowed(record: Attached, name: str, rank: int) -> LoRA:
         raise BadMethod(
             f"{name!r} is {method.name}, which was trained for one rank only; truncate takes DyLoRA adapters"
         )
-    ranks = method.ranks_for(record.plan)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in ranks:
-        raise BadMethod(f"{name!r} was trained for the ranks {ranks[0]} to {ranks[-1]}, not for {rank!r}")
+    drawn = method.ranks_for(record.plan)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in drawn:
+        raise BadMethod(f"{name!r} was trained for the ranks {drawn[0]} to {drawn[-1]}, not for {rank!r}")
     common = {field.name: getattr(method, field.name) for field in fields(LoRA)}
-    return LoRA(**common | {"rank": rank, "ranks": {target: min(own, rank) for target, own in method.ranks.items()}})
+    ranks = {target: min(own, rank) for target, own in method.ranks.items()}
+    return LoRA(**common | {"rank": min(method.rank, rank), "ranks": ranks})
 
 
-def _shortened(placement: Placement, method: LoRA) -> Placement:
-    rank = min(placement.rank, method.rank)
+def _shortened(placement: Placement, rank: int, method: LoRA) -> Placement:
+    rank = min(placement.rank, rank)
     return replace(
         placement, rank=rank, scale=placement.alpha / (rank if method.scaling == "alpha/r" else math.sqrt(rank))
     )

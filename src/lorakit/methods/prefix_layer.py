@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, Final, Literal, Self, cast
 
 import torch
@@ -70,9 +71,9 @@ class PrefixLayer(PrefixMethod):
 
     def _keys_values(self, model: nn.Module) -> Iterator[Placement]:
         keys, values = sites_within(model, "attn.k"), sites_within(model, "attn.v")
-        sites = [site for pair in zip(keys, values, strict=False) for site in pair]  # the order of PEFT's, too
+        sites = [site for pair in zip_longest(keys, values) for site in pair if site]  # the order of PEFT's, too
         blocks, kind = sites_within(model, "block"), type(model).__name__
-        if len(sites) != 2 * len(blocks) or any(site.layout is None for site in sites):
+        if not len(keys) == len(values) == len(blocks) or any(site.layout is None for site in sites):
             raise BadMethod(f"{kind} has {len(blocks)} blocks but {len(sites)} layers known to make keys or values, so "
                             "prefix-layer cannot overwrite them; take form='hidden'")  # fmt: skip
         for path, why in unbatched(model, [site.path for site in sites]).items():

@@ -166,7 +166,7 @@ def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, method: Met
     try:
         encoded = to_ids(data.train, tokenizer, min(settings.max_length, max(left, 1)))
     except TooShort as error:
-        if not method or left == longest or left >= settings.max_length:
+        if not method or left == longest or error.least > min(longest, settings.max_length):
             raise
         raise BadMethod(
             f"{method.name} puts {prefix + infix} places into the sequence (prefix={prefix}, infix={infix}), but "
