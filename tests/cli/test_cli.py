@@ -188,7 +188,7 @@ BAD: list[tuple[list[str], str]] = [
     (["{train}", "--method.bias", "some", "--out", "{new}"], "--method.bias must be one of none, all, lora_only, not"),
     (["{train}", "--method.ranks", "4", "--out", "{new}"], "must be a whole number by name"),
     (["{train}", "--train.learning_rate", "fast", "--out", "{new}"], "--train.learning_rate must be a number, not"),
-    (["{train}", "--out", "{new}", "--resume=perhaps"], "--resume must be true or false, not 'perhaps'"),
+    (["{train}", "--out", "{new}", "--resume=perhaps"], "--resume must be True or False, not 'perhaps'"),
     (["{train}", "--out", "{new}", "--train.steps"], "--train.steps is not given: optimiser steps"),
     (["{train}"], "--out is not given: folder of the adapter"),
     (["inspect"], "adapter is not given: folder of the adapter"),

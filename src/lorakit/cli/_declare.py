@@ -20,8 +20,10 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
+from lorakit.core.checked import described
 from lorakit.core.method import Method, method_names, named
 from lorakit.errors import LorakitError, nearest
 from lorakit.methods import DEFAULT
@@ -219,21 +221,19 @@ def _sentence(error: Exception, leaves: Mapping[str, _Leaf], words: Sequence[str
 
 
 def _wanted(hint: Any) -> str:
-    """What a value of this type is, for people.
+    """A type in words, as it is written on the command line.
 
-    >>> _wanted(int | None)
-    'a whole number'
+    >>> _wanted(bool | None), _wanted(tuple[str, ...])
+    ('True or False', 'names, separated by commas')
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, inner))}"
     if origin is tuple:
         return "names, separated by commas"
     if origin is Mapping:
         return f'{_wanted(inner[1])} by name, such as {{"attn.q": 4}}'
-    if inner:
+    if origin in (typing.Union, UnionType):
         return " or ".join(_wanted(each) for each in inner if each is not type(None))
-    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
+    return {int: "a whole number", float: "a number"}.get(hint) or described(hint)  # what has bounds checks them itself
 
 
 def _values(kind: type, chosen: type[Method], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,13 +69,13 @@ def described(hint: Any) -> str:
     """A type in words.
 
     >>> described(dict[str, bool]), described(Literal["none", "all"]), described(tuple[str, ...] | str)
-    ('a mapping with True or False for each name', "one of ('none', 'all')", 'a list, each a text, or a text')
+    ('a mapping with True or False for each name', 'one of none, all', 'a list, each a text, or a text')
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return ", or ".join(described(part) for part in parts)
     if origin is Literal:
-        return f"one of {parts}"
+        return f"one of {', '.join(map(str, parts))}"
     if origin in (list, tuple):
         return "a list" if parts[0] is Any else f"a list, each {described(parts[0])}"
     if origin is not None:

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta
-from lorakit.core.experts import shape_of
 from lorakit.core.method import Rules
 from lorakit.core.plan import Placement
 from lorakit.core.replace import BiasMode, bias_placements
 from lorakit.core.sites import Site
 from lorakit.errors import BadMethod
-from lorakit.methods._low_rank import LOW_RANK, Factors
+from lorakit.methods._low_rank import LOW_RANK, Factors, refuse_above_matrix
 from lorakit.methods._peft import by_path
 from lorakit.methods._targeted import Targeted, share, whole
 
@@ -133,22 +132,12 @@ class Directions(Factors):
     order_R: Tensor
 
     def __init__(self, placement: Placement, module: nn.Module, dropout: float) -> None:
-        self._refuse_more_than_there_are(placement, module)
+        refuse_above_matrix(placement, module)
         super().__init__(placement, module, dropout)
         self.register_buffer("kept_R", torch.ones(placement.rank, dtype=torch.bool), persistent=False)
         self.register_buffer("order_R", torch.arange(placement.rank), persistent=False)
         self._watch("A")
         self._watch("B")
-
-    @staticmethod
-    def _refuse_more_than_there_are(placement: Placement, module: nn.Module) -> None:
-        shape = shape_of(module, placement.parameter)
-        if shape is None:
-            return  # which `Factors` refuses
-        out, inner = placement.slice.width if placement.slice else shape[-2], shape[-1]
-        if placement.rank > min(out, inner):
-            size = f"{out} x {inner}); the largest rank there is {min(out, inner)}"
-            raise BadMethod(f"rank {placement.rank} is above the matrix of {placement.path} ({size}")
 
     def _watch(self, name: str) -> None:
         """Keep averages of a parameter's importance; an adapter's file does without them."""

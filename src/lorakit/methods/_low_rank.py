@@ -108,13 +108,8 @@ class LowRankMethod(Targeted):
     def check(self, plan: Plan, model: nn.Module) -> None:
         """Refuse a rank above the matrix it adapts: it would add numbers but no freedom."""
         for placement in plan:
-            shape = shape_of(model.get_submodule(placement.path), placement.parameter)
-            if placement.kind == LOW_RANK and shape is not None:
-                *_, out, inner = shape
-                out = placement.slice.width if placement.slice else out
-                if placement.rank > min(inner, out):
-                    raise BadMethod(f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {inner}); "
-                                    f"the largest rank there is {min(inner, out)}")  # fmt: skip
+            if placement.kind == LOW_RANK:
+                refuse_above_matrix(placement, model.get_submodule(placement.path))
 
     def start(self, deltas: Sequence[Delta], model: nn.Module, statistics: Mapping[Any, Any] | None) -> None:
         """A fresh adapter is the base: B is zero, or B0 A0 is taken off again."""
@@ -136,6 +131,22 @@ class LowRankMethod(Targeted):
     def read(self, deltas: Sequence[Delta], tensors: Tensors) -> list[str]:
         """Copy A and B out of `tensors` into the deltas."""
         return peft_format.read(factors(deltas), tensors)
+
+
+def refuse_above_matrix(placement: Placement, module: nn.Module) -> None:
+    """Refuse a rank above that of the matrix itself, where the module has one.
+
+    Raises:
+        BadMethod: the rank is larger than the smaller side.
+    """
+    shape = shape_of(module, placement.parameter)
+    if shape is None:
+        return
+    *_, out, inner = shape
+    out = placement.slice.width if placement.slice else out
+    if placement.rank > min(inner, out):
+        raise BadMethod(f"rank {placement.rank} is above the matrix of {placement.path} ({out} x {inner}); the largest "
+                        f"rank there is {min(inner, out)}")  # fmt: skip
 
 
 def _per_site(model: nn.Module, sites: list[Site], given: Mapping[str, Any]) -> list[Any]:

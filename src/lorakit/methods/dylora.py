@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.core.attach import new_deltas, put
+from lorakit.core.checked import fits
 from lorakit.core.delta import Delta
 from lorakit.core.method import Rules
 from lorakit.core.plan import Placement
@@ -204,7 +205,7 @@ def _narrowed(record: Attached, name: str, rank: int) -> LoRA:
             f"{name!r} is {method.name}, which was trained for one rank only; truncate takes DyLoRA adapters"
         )
     drawn = method.ranks_for(record.plan)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank not in drawn:
+    if not fits(rank, int) or rank not in drawn:
         raise BadMethod(f"{name!r} was trained for the ranks {drawn[0]} to {drawn[-1]}, not for {rank!r}")
     common = {field.name: getattr(method, field.name) for field in fields(LoRA)}
     ranks = {target: min(own, rank) for target, own in method.ranks.items()}
