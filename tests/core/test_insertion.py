@@ -22,7 +22,8 @@ from lorakit.data.batches import Batch
 from lorakit.errors import BadData, BadMethod, BadRouting, BadState
 from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.methods.prefix_layer import PrefixLayer
-from lorakit.train.loss import picked_backward
+from lorakit.train.padded import picked_backward
+from lorakit.train.portions import Portion
 from tests.laws.cases import CORE, close, scramble
 from tests.tiny import DECODERS, inputs, tiny, tokens
 
@@ -242,7 +243,7 @@ def test_the_loss_of_training_is_the_models_own(form: str) -> None:
     model(ids_BT, attention_mask=mask_BT, labels=labels_BT).loss.backward()
     expected = [parameter.grad.clone() for parameter in lk.parameters(model)]
     model.zero_grad()
-    picked_backward(model, Batch(ids_BT, mask_BT, labels_BT, None), count)
+    picked_backward(model, Portion(Batch(ids_BT, mask_BT, labels_BT, None), count, 0), count)
     for parameter, gradient in zip(lk.parameters(model), expected, strict=True):
         assert torch.equal(gradient, parameter.grad) or close(parameter.grad, gradient)
 

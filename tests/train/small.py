@@ -45,7 +45,9 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> Batch:
     )
 
 
-def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def order(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
     numbers = list(range(len(lengths)))
     random.Random(f"{seed} {epoch}").shuffle(numbers)
     return [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]

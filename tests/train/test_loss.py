@@ -8,16 +8,25 @@ import torch
 
 import lorakit as lk
 from lorakit import train
-from lorakit.train import Train, loss
+from lorakit.kernels import cross_entropy
+from lorakit.train import Train, head
+from lorakit.train.loss import loss_for
+from lorakit.train.padded import picked_backward, whole_backward
+from lorakit.train.portions import Loss, Portion
 from tests.tiny import tiny
 from tests.train.small import adapted, collate, examples, feed
 
 BATCH = collate(examples(6), 0)
+ROWS = Portion(BATCH, int((BATCH.labels_BT[:, 1:] != -100).sum()), BATCH.ids_BT.numel())
 CAPPED = {"gemma2": {"head_dim": 8, "num_key_value_heads": 2}, "granite": {"logits_scaling": 4.0}}
 
 
-def gradients(model: Any, how: Any, total: int = 7) -> tuple[float, torch.Tensor]:
-    summed = how(model, BATCH, total)
+def found_for(model: Any, **settings: Any) -> Loss:
+    return loss_for(model, feed(examples(6)), Train(**settings))
+
+
+def gradients(model: Any, how: Any, *portions: Portion, total: int = 7) -> tuple[float, torch.Tensor]:
+    summed = sum(how(model, portion, total) for portion in portions or (ROWS,))
     found = torch.cat([p.grad.flatten() for p in lk.parameters(model) if p.grad is not None])
     model.zero_grad()
     return summed, found
@@ -38,19 +47,19 @@ def moved(family: str, targets: tuple[str, ...] = ("attn.q", "attn.v"), **fields
 def test_the_head_on_labelled_positions_gives_the_models_own_loss(
     family: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_ROWS", 5)
+    monkeypatch.setattr(head, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 5)
     model = moved(family, targets)
-    labelled = loss.count_labels(BATCH)
     own = model(input_ids=BATCH.ids_BT, attention_mask=BATCH.attention_BT, labels=BATCH.labels_BT).loss
-    picked, whole = gradients(model, loss.picked_backward), gradients(model, loss.whole_backward)
+    picked, whole = gradients(model, picked_backward), gradients(model, whole_backward)
     assert picked[0] == pytest.approx(whole[0], rel=1e-5)
-    assert picked[0] / labelled == pytest.approx(own.item(), rel=1e-5)
+    assert picked[0] / ROWS.labelled == pytest.approx(own.item(), rel=1e-5)
     torch.testing.assert_close(picked[1], whole[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
 def test_known_families_take_the_fast_loss(family: str) -> None:
-    assert loss.loss_for(tiny(family), BATCH).backward is loss.picked_backward
+    assert "flat" in found_for(tiny(family)).reads
 
 
 @pytest.mark.parametrize("family", CAPPED)
@@ -59,7 +68,7 @@ def test_a_model_that_changes_its_logits_takes_the_slow_loss_and_says_so(
 ) -> None:
     model: Any = tiny_of(family)
     with caplog.at_level(logging.WARNING):
-        assert loss.loss_for(model, BATCH).backward is loss.whole_backward
+        assert "whole logits" in found_for(model).reads
     assert type(model).__name__ in caplog.text
 
 

@@ -138,7 +138,7 @@ def test_a_classifier_learns_with_every_method(method: str) -> None:
 @every_method
 def test_a_loop_of_ones_own_does_the_same(method: str) -> None:
     """Three steps by hand, with the method's verbs around them, equal the loop's."""
-    settings = replace(SETTINGS, steps=3, accumulate=1, clip_norm=0.0, warmup_share=0.0)
+    settings = replace(SETTINGS, steps=3, accumulate=1, clip_norm=0.0, warmup_share=0.0, padding=True)
     one, other = model_with(method), model_with(method)
     for _ in train.run(one, feed(), settings, name="a"):
         pass
@@ -156,7 +156,12 @@ def test_a_loop_of_ones_own_does_the_same(method: str) -> None:
         optimizer.zero_grad()
     mine, theirs = adapter_tensors(one, "a"), adapter_tensors(other, "a")
     for key, value in mine.items():
-        assert torch.allclose(value, theirs[key], rtol=1e-3, atol=1e-4), key
+        assert torch.allclose(_learned(key, value), _learned(key, theirs[key]), rtol=1e-3, atol=1e-4), key
+
+
+def _learned(key: str, value: torch.Tensor) -> torch.Tensor:
+    """Without the keys' bias: softmax does not depend on it, so Adam follows the sign of rounding errors there."""
+    return value.unflatten(0, (3, -1))[::2] if "bias" in key and "c_attn" in key else value
 
 
 def test_the_output_side_learns_faster_with_a_ratio() -> None:

@@ -190,9 +190,9 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         interrupt_at(5, patched)
         with pytest.raises(Interrupted, match=r"after step 4 of 12; .*step-00000004.*--resume"):
-            run(tmp_path, checkpoint_every=0)
+            run(tmp_path, checkpoint_every=0, padding=True)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert same(run(tmp_path, resume=True), run(tmp_path / "whole"))
+    assert same(run(tmp_path, resume=True, padding=True), run(tmp_path / "whole", padding=True))
 
 
 def test_ctrl_c_in_the_last_pass_of_a_step_lets_the_step_be_taken(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_ctrl_c_in_the_last_pass_of_a_step_lets_the_step_be_taken(tmp_path: Path
         if model.training and next(passes) == 8:
             signal.raise_signal(signal.SIGINT)
 
-    model.lm_head.register_forward_hook(press)
+    model.model.register_forward_hook(press)
     with pytest.raises(Interrupted, match="after step 4 of 12"):
         run(tmp_path, model=model)
     assert steps_in(tmp_path) == [1, 2, 3, 4]

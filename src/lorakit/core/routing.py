@@ -253,7 +253,7 @@ def adapt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     y = output[0] if isinstance(output, tuple) else output
     if routing is not None and not torch.compiler.is_compiling():
         adapters.acted.update(routing.used)
-    y = y if routing is None else _changed(adapters, routing, _first(args, kwargs), y)
+    y = y if routing is None else _changed(module, adapters, routing, _first(args, kwargs), y)
     y = y if torch.compiler.is_compiling() else marked(y, routing)
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
@@ -276,11 +276,15 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _changed(adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
+def _changed(module: nn.Module, adapters: Adapters, routing: Routing, x: Any, y: Tensor) -> Tensor:
     if routing.rows_B is not None:
         return _on_rows(adapters, routing, x, y)
     if routing.weights_N is not None:
         return _mixed(adapters, routing, x, y)
+    deltas = adapters.at(routing.keys[0])
+    fast = deltas[0].through(module, x, y) if len(deltas) == 1 else None
+    if fast is not None:
+        return fast
     return _through(adapters, routing.keys[0], x, y, None if routing.inserted is None else routing.inserted.index_BL)
 
 

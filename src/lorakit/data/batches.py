@@ -6,7 +6,7 @@ B batch, T tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,22 +51,54 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     return Batch(ids_BT, attention_BT, labels_BT, None if None in classes else torch.tensor(classes))
 
 
-def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def order(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, groups: Sequence[int] | None = None
+) -> list[list[int]]:
     """Numbers of the examples of each batch of one epoch, each example once.
 
     Shuffled, then sorted by length inside windows of 50 batches so that a batch holds little padding; then the batches
-    are shuffled. The same arguments give the same order on every machine.
+    are shuffled. Examples of one group come one after another, up to half a batch, so that a batch has more than one.
+    The same arguments give the same order everywhere.
 
     >>> sorted(number for batch in order([3, 1, 2, 3, 1], batch_size=2, seed=0, epoch=0) for number in batch)
     [0, 1, 2, 3, 4]
+    >>> sorted(sorted(batch) for batch in order([3] * 4, batch_size=4, seed=0, epoch=0, groups=[0, 1, 1, 0]))
+    [[0, 1, 2, 3]]
     """
     chance = random.Random(f"{seed} {epoch}")
     numbers = list(range(len(lengths)))
     chance.shuffle(numbers)
-    window = WINDOW_BATCHES * batch_size
     batches = []
-    for start in range(0, len(numbers), window):
-        near = sorted(numbers[start : start + window], key=lambda number: lengths[number])
-        batches += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
+    for window in _windows(_units(numbers, groups, max(batch_size // 2, 1)), WINDOW_BATCHES * batch_size):
+        near = sorted(window, key=lambda unit: max(lengths[number] for number in unit))
+        line = [number for unit in near for number in sorted(unit, key=lambda number: lengths[number])]
+        batches += [line[at : at + batch_size] for at in range(0, len(line), batch_size)]
     chance.shuffle(batches)
     return batches
+
+
+def _units(numbers: Sequence[int], groups: Sequence[int] | None, most: int) -> list[list[int]]:
+    """Numbers of one group together, at most so many, in the order of the first of each."""
+    units: list[list[int]] = []
+    growing: dict[int, list[int]] = {}
+    for number in numbers:
+        unit = [] if groups is None else growing.get(groups[number], [])
+        if len(unit) in (0, most):
+            unit = []
+            units.append(unit)
+            if groups is not None:
+                growing[groups[number]] = unit
+        unit.append(number)
+    return units
+
+
+def _windows(units: Sequence[list[int]], most: int) -> Iterator[list[list[int]]]:
+    """Units, one after another, with at most so many examples together; a larger unit is one for itself."""
+    window: list[list[int]] = []
+    for unit in units:
+        if window and sum(map(len, window)) + len(unit) > most:
+            yield window
+            window = []
+        window.append(unit)
+    if window:
+        yield window

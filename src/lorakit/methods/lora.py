@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lorakit.core.experts import WEIGHT
 from lorakit.core.layouts import LinearLayout
 from lorakit.core.plan import Placement
+from lorakit.core.quick import fits_one_step, is_frozen_linear
+from lorakit.kernels.low_rank import low_rank_linear
 from lorakit.methods import _lora_peft as peft_format
 from lorakit.methods._experts import LowRankExperts
 from lorakit.methods._low_rank import Factors, LowRankMethod
@@ -58,6 +60,13 @@ class LowRank(Factors):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s B A dropout(x)."""
         return y + self.branch(x, y)
+
+    def through(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """`after`, with the layer's own product in one step of autograd."""
+        plain = self.A0 is None and self.placement.slice is None and not (self.dropout and self.training)
+        if plain and is_frozen_linear(module) and fits_one_step(x, y):
+            return low_rank_linear(x, y, module.weight, self.A, self.B, self.scale)
+        return None
 
     def fold(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A."""

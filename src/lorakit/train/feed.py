@@ -40,14 +40,14 @@ class Batch(Protocol):
 class Feed:
     """Encoded examples, how they are ordered and how they are put together.
 
-    `order(lengths, batch_size, seed, epoch)` gives the examples' numbers batch by batch, `collate(examples, pad_id)`
-    makes a batch; `lorakit.data.batches` has both.
+    `order(lengths, batch_size, seed, epoch, groups)` gives the examples' numbers batch by batch, those of one group
+    together; `collate(examples, pad_id)` makes a batch of rows; `lorakit.data.batches` has both.
     """
 
     examples: Sequence[Any]  # Encoded
     pad_id: int
     collate: Callable[[Sequence[Any], int], Any]  # -> Batch
-    order: Callable[[Sequence[int], int, int, int], list[list[int]]]
+    order: Callable[[Sequence[int], int, int, int, Sequence[int] | None], list[list[int]]]
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -56,7 +56,14 @@ class Feed:
     def epoch(self, number: int, settings: Train) -> list[list[int]]:
         """The numbers of the examples of each batch of one epoch."""
         lengths = [len(example.ids) for example in self.examples]
-        return self.order(lengths, settings.batch_size, settings.seed, number)
+        groups = self._groups() if settings.share_contexts else None
+        return self.order(lengths, settings.batch_size, settings.seed, number, groups)
+
+    def _groups(self) -> list[int]:
+        """For each example a number that those of the same context share; a classifier's have none in common."""
+        numbers: dict[object, int] = {}
+        contexts = (tuple(e.ids[: e.start]) if e.start < len(e.ids) else place for place, e in enumerate(self.examples))
+        return [numbers.setdefault(context, len(numbers)) for context in contexts]
 
     def steps(self, settings: Train) -> int:
         """How many optimiser steps the settings make of these examples."""

@@ -25,7 +25,9 @@ from lorakit.train import checkpoint
 from lorakit.train.feed import Feed
 from lorakit.train.folder import RunFolder
 from lorakit.train.head import heads
-from lorakit.train.loss import Loss, loss_for
+from lorakit.train.loss import loss_for
+from lorakit.train.portions import Loss, Portion
+from lorakit.train.quick import Quick, recomputed
 from lorakit.train.settings import Step, Train, learning_rate
 from lorakit.train.surroundings import held_interrupt, seeded
 
@@ -86,8 +88,7 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
     if found is not None:
         checkpoint.restore(found, loop.trained, loop.optimizer, adapter_buffers(loop.model, loop.name))
     done = first = 0 if found is None else found.step
-    plan = loop.feed.plan(loop.settings, done)
-    loss = loop.loss()
+    plan, loss = loop.feed.plan(loop.settings, done), loop.loss()
     try:
         while done < loop.steps:
             with held_interrupt() as release:
@@ -130,6 +131,7 @@ class _Loop:
     trained: dict[str, nn.Parameter]
     steps: int
     optimizer: torch.optim.AdamW
+    quick: Quick
 
     def take(
         self, number: int, batches: list[list[int]], loss: Loss, release: Callable[[], None], *, first: bool
@@ -137,7 +139,8 @@ class _Loop:
         """One optimiser step; `release` lets Ctrl-C through while nothing has changed yet."""
         began = time.perf_counter()
         try:
-            mean_loss, tokens = self._gradients(number, batches, loss, release)
+            before_step(self.model, self.name, number, self.steps)
+            mean_loss, portions = self._gradients(number, batches, loss, release)
             if first:
                 _refuse_idle(self.model, self.name)
             norm = self._clip(number, mean_loss)
@@ -148,26 +151,38 @@ class _Loop:
             after_step(self.model, self.name, number, self.steps)
         finally:
             self.optimizer.zero_grad()
-        return Step(number, self.steps, mean_loss, rate, norm, tokens, time.perf_counter() - began)
+        return Step(
+            step=number,
+            steps=self.steps,
+            loss=mean_loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=sum(len(self.feed.examples[example].ids) for numbers in batches for example in numbers),
+            seconds=time.perf_counter() - began,
+            labelled=sum(portion.labelled for portion in portions),
+            computed=sum(portion.computed for portion in portions),
+        )
 
     def _gradients(
         self, number: int, batches: list[list[int]], loss: Loss, release: Callable[[], None]
-    ) -> tuple[float, int]:
-        """Gradients of the mean over everything labelled in all the batches; gives that mean and the tokens read."""
-        collated = [self.feed.batch(numbers) for numbers in batches]
-        counts = [loss.count(batch) for batch in collated]
-        if 0 in counts:
-            raise _nothing_labelled(number, batches[counts.index(0)])
-        total, summed, device = sum(counts), 0.0, self.model.device
-        before_step(self.model, self.name, number, self.steps)
-        with use(self.model, self.name), mode(self.model, training=True), seeded(self.settings.seed, number, device):
-            for batch in collated:
+    ) -> tuple[float, list[Portion]]:
+        """Gradients of the mean over everything labelled in all the batches; gives that mean and what was read."""
+        portions = []
+        for numbers in batches:
+            found = loss.portions([self.feed.examples[each] for each in numbers], self.settings.forward_tokens)
+            if not any(portion.labelled for portion in found):
+                raise _nothing_labelled(number, numbers)
+            portions += [portion for portion in found if portion.labelled]
+        total, summed, device = sum(portion.labelled for portion in portions), 0.0, self.model.device
+        state = use(self.model, self.name), mode(self.model, training=True), seeded(self.settings.seed, number, device)
+        with state[0], state[1], state[2], self.quick.on(), recomputed(self.model, self.settings):
+            for portion in portions:
                 release()
-                summed += loss.backward(self.model, batch, total)
+                summed += loss.backward(self.model, portion, total)
             added = penalty(self.model, self.name)
             if added is not None:
                 added.backward()
-        return summed / total, sum(int(batch.attention_BT.sum()) for batch in collated)
+        return summed / total, portions
 
     def _clip(self, number: int, mean_loss: float) -> float:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
@@ -182,7 +197,8 @@ class _Loop:
     def loss(self) -> Loss:
         """The loss that fits the model, tried on the base so that no delta counts as having acted."""
         with use(self.model, None), mode(self.model, training=False):
-            found = loss_for(self.model, self.feed.batch(self.feed.epoch(0, self.settings)[0]))
+            inserts = any(attached_to(self.model, self.name).method.inserts)
+            found = loss_for(self.model, self.feed, self.settings, inserts=inserts)
         if found.trains_head:
             _refuse_untrained_head(self.model, self.name)
         return found
@@ -192,7 +208,7 @@ class _Loop:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be resumed."""
-        free = ("checkpoint_every", "evaluate_every", "epochs", "max_length")  # those act through steps and data
+        free = ("checkpoint_every", "evaluate_every", "patience", "epochs", "max_length")  # those act through steps and data
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
         record = attached_to(self.model, self.name)
         base = json.dumps(fingerprint(self.model, [placement.path for placement in record.plan]))
@@ -210,7 +226,9 @@ class _Loop:
 def _loop(model: Any, feed: Feed, settings: Train, name: str) -> _Loop:
     trained = _trained(model, name)
     optimizer = torch.optim.AdamW(_groups(model, name, trained, settings), weight_decay=settings.weight_decay)
-    return _Loop(model, feed, settings, name, trained, feed.steps(settings), optimizer)
+    with use(model, None):
+        quick = Quick.of(model)
+    return _Loop(model, feed, settings, name, trained, feed.steps(settings), optimizer, quick)
 
 
 def _trained(model: Any, name: str) -> dict[str, nn.Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from lorakit.errors import LorakitError
 
@@ -47,23 +48,30 @@ class Train:
 
     steps: int | None = None  # optimiser steps; None: as many as the epochs make
     epochs: float = 1.0  # passes over the examples, when `steps` is not given
-    batch_size: int = 16  # examples in one forward pass
-    accumulate: int = 1  # forward passes in one optimiser step
+    batch_size: int = 16  # examples in one batch
+    accumulate: int = 1  # batches in one optimiser step
+    forward_tokens: int = 8192  # most tokens in one forward pass; a larger batch is divided, with the same result
+    share_contexts: bool = True  # examples of one context come together, and what they begin with is computed once
+    padding: bool = False  # rows with padding even where the model could do without
     learning_rate: float = 1e-3  # at the end of the warm-up
     warmup_share: float = 0.06  # part of the steps in which the learning rate rises from 0
     outer_ratio: float = 1.0  # LoRA+: how many times faster the factors on the output's side (B) learn
     weight_decay: float = 0.0  # AdamW's
+    label_smoothing: float = 0.0  # share of a target's probability that is spread over the whole vocabulary
     clip_norm: float = 1.0  # longest gradient; 0 never clips
     seed: int = 0  # governs data order and dropout
     max_length: int = 512  # tokens of one example
     checkpoint_every: int = 0  # steps between checkpoints; 0 writes only the last, or where the run is interrupted
     evaluate_every: int = 0  # steps between evaluations; 0 evaluates only after the last step
+    patience: int = 0  # evaluations without improvement after which training stops; 0 never stops
+    checkpointing: Literal["none", "blocks"] = "none"  # blocks: keep their inputs alone, and compute the rest again
+    compile: bool = False  # compile each block: some ten seconds at the start, faster steps after that
 
     def __post_init__(self) -> None:
         check("train with", self._rules())
 
     def _rules(self) -> list[Rule]:
-        intervals = {"checkpoint_every": self.checkpoint_every, "evaluate_every": self.evaluate_every}
+        intervals = {name: getattr(self, name) for name in ("checkpoint_every", "evaluate_every", "patience")}
         amounts = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm, **intervals}
         return [
             ("steps", self.steps, "at least 1, or left out", self.steps is None or self.steps >= 1),
@@ -71,7 +79,10 @@ class Train:
             ("learning_rate", self.learning_rate, "above 0", 0 < self.learning_rate < math.inf),
             ("outer_ratio", self.outer_ratio, "above 0", 0 < self.outer_ratio < math.inf),
             ("warmup_share", self.warmup_share, "from 0 to 1", 0 <= self.warmup_share <= 1),
-            *counts(batch_size=self.batch_size, accumulate=self.accumulate, max_length=self.max_length),
+            ("label_smoothing", self.label_smoothing, "from 0 to below 1", 0 <= self.label_smoothing < 1),
+            ("checkpointing", self.checkpointing, "none or blocks", self.checkpointing in ("none", "blocks")),
+            *counts(batch_size=self.batch_size, accumulate=self.accumulate),
+            *counts(forward_tokens=self.forward_tokens, max_length=self.max_length),
             seed_rule(self.seed),
             *((name, value, "0 or more", value >= 0) for name, value in amounts.items()),
         ]
@@ -86,13 +97,15 @@ class Step:
     loss: float
     learning_rate: float
     gradient_norm: float  # before clipping
-    tokens: int  # read by the model, padding not counted
+    tokens: int  # of its examples, padding not counted
     seconds: float
     evaluation: Mapping[str, float] | None = None
+    labelled: int = 0  # things learned from: tokens, or classes
+    computed: int = 0  # places that went through the model: padding counted, shared contexts once
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that the model read in a second of this step."""
+        """Tokens of the examples in a second of this step."""
         return self.tokens / self.seconds
 
 
