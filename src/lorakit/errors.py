@@ -15,6 +15,8 @@ LorakitError                 anything a user can mend; the command line prints i
 ├── BadData                  a data file, row or column that cannot be used
 │   └── TooShort             a length at which nothing is left to learn from
 ├── OutputExists             an output folder that holds another run
+├── Diverged                 a loss or gradient that is no finite number; says where it began
+├── OutOfMemory              a step that does not fit into memory however it is divided
 ├── MissingPackage           an optional package, and how to install it
 └── Interrupted              stopped by the user; says how to resume
 ```
@@ -81,6 +83,14 @@ class BadData(LorakitError):
 
 class OutputExists(LorakitError):
     """An output folder that holds another run."""
+
+
+class Diverged(LorakitError):
+    """A loss or gradient that is no finite number."""
+
+
+class OutOfMemory(LorakitError):
+    """A step that does not fit into memory however it is divided."""
 
 
 class MissingPackage(LorakitError):

@@ -243,7 +243,7 @@ def test_the_loss_of_training_is_the_models_own(form: str) -> None:
     model(ids_BT, attention_mask=mask_BT, labels=labels_BT).loss.backward()
     expected = [parameter.grad.clone() for parameter in lk.parameters(model)]
     model.zero_grad()
-    picked_backward(model, Portion(Batch(ids_BT, mask_BT, labels_BT, None), count, 0), count)
+    picked_backward(model, Portion(Batch(ids_BT, mask_BT, labels_BT, None), len(ids_BT), count, 0), count)
     for parameter, gradient in zip(lk.parameters(model), expected, strict=True):
         assert torch.equal(gradient, parameter.grad) or close(parameter.grad, gradient)
 

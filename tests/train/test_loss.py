@@ -17,7 +17,7 @@ from tests.tiny import tiny
 from tests.train.small import adapted, collate, examples, feed
 
 BATCH = collate(examples(6), 0)
-ROWS = Portion(BATCH, int((BATCH.labels_BT[:, 1:] != -100).sum()), BATCH.ids_BT.numel())
+ROWS = Portion(BATCH, len(BATCH.ids_BT), int((BATCH.labels_BT[:, 1:] != -100).sum()), BATCH.ids_BT.numel())
 CAPPED = {"gemma2": {"head_dim": 8, "num_key_value_heads": 2}, "granite": {"logits_scaling": 4.0}}
 
 

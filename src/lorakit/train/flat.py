@@ -31,7 +31,8 @@ def portions(examples: Sequence[Encoded], most: int, *, share: bool) -> list[Por
     """Lines of at most `most` tokens; a longer example has one for itself."""
     parts = [list(range(len(examples)))] if _length(examples) <= most else divide(examples, most)
     lines = [line([examples[number] for number in part], share=share) for part in parts]
-    return [Portion(each, len(each.targets_N), len(each.ids_T)) for each in lines]
+    told = zip(lines, parts, strict=True)
+    return [Portion(each, len(part), len(each.targets_N), len(each.ids_T)) for each, part in told]
 
 
 def line(examples: Sequence[Any], *, share: bool) -> Line:

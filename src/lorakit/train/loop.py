@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,22 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.core.attach import parameters
 from lorakit.core.fingerprint import fingerprint
 from lorakit.core.mode import mode
 from lorakit.core.routing import use
-from lorakit.core.state import adapter_buffers, adapter_tensors, attached_to, deltas_of, idle
-from lorakit.core.stepping import after_step, before_step, penalty, rest
-from lorakit.errors import BadData, BadMethod, BadState, Interrupted, LorakitError, NeverActed
+from lorakit.core.state import adapter_buffers, attached_to
+from lorakit.core.stepping import rest
+from lorakit.errors import BadMethod, Diverged, Interrupted, LorakitError, OutOfMemory
 from lorakit.train import checkpoint
 from lorakit.train.feed import Feed
 from lorakit.train.folder import RunFolder
 from lorakit.train.head import heads
 from lorakit.train.loss import loss_for
-from lorakit.train.portions import Loss, Portion
-from lorakit.train.quick import Quick, recomputed
-from lorakit.train.settings import Step, Train, learning_rate
-from lorakit.train.surroundings import held_interrupt, seeded
+from lorakit.train.memory import Appetite
+from lorakit.train.optimiser import optimizer_for, trained_in
+from lorakit.train.portions import Loss
+from lorakit.train.quick import Quick
+from lorakit.train.settings import Step, Train
+from lorakit.train.stepper import Stepper
+from lorakit.train.surroundings import held_interrupt
 
 Steps = Generator[Step, None, None]
 Evaluate = Callable[[], Mapping[str, float]]
@@ -64,6 +64,8 @@ def run(
         OutputExists: `out` holds another run.
         NeverActed: after the first step, for a delta that no forward pass called.
         BadData: a batch has nothing to be learned.
+        Diverged: a loss or gradient is no finite number; `out` has a checkpoint of the step before.
+        OutOfMemory: not even one example at a time fits; likewise.
         Interrupted: Ctrl-C, once a checkpoint has been written to `out`.
 
     Example:
@@ -88,11 +90,11 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
     if found is not None:
         checkpoint.restore(found, loop.trained, loop.optimizer, adapter_buffers(loop.model, loop.name))
     done = first = 0 if found is None else found.step
-    plan, loss = loop.feed.plan(loop.settings, done), loop.loss()
+    plan, stepper = loop.feed.plan(loop.settings, done), loop.stepper()
     try:
         while done < loop.steps:
             with held_interrupt() as release:
-                step = loop.take(done + 1, next(plan), loss, release, first=done == first)
+                step = stepper.take(done + 1, next(plan), release, first=done == first)
                 done = step.step
             yield _finish(loop, folder, evaluate, step, release)
     except KeyboardInterrupt as interrupt:
@@ -101,6 +103,10 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
         path = folder.write(loop.checkpoint(done))
         raise Interrupted(f"stopped after step {done} of {loop.steps}; the checkpoint is {path}: run the same command "
                           "with --resume (resume=True in Python) to go on from it") from interrupt  # fmt: skip
+    except (Diverged, OutOfMemory):
+        if folder is not None and done:
+            folder.write(loop.checkpoint(done))  # as it was after the last good step
+        raise
     finally:
         rest(loop.model, loop.name)
 
@@ -122,8 +128,14 @@ def _finish(
     return step
 
 
+def _due(step: Step, every: int) -> bool:
+    return every > 0 and step.step % every == 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Loop:
+    """One adapter's training: what decides it, and the state that a checkpoint keeps."""
+
     model: Any
     feed: Feed
     settings: Train
@@ -131,74 +143,17 @@ class _Loop:
     trained: dict[str, nn.Parameter]
     steps: int
     optimizer: torch.optim.AdamW
-    quick: Quick
 
-    def take(
-        self, number: int, batches: list[list[int]], loss: Loss, release: Callable[[], None], *, first: bool
-    ) -> Step:
-        """One optimiser step; `release` lets Ctrl-C through while nothing has changed yet."""
-        began = time.perf_counter()
-        try:
-            before_step(self.model, self.name, number, self.steps)
-            mean_loss, portions = self._gradients(number, batches, loss, release)
-            if first:
-                _refuse_idle(self.model, self.name)
-            norm = self._clip(number, mean_loss)
-            rate = learning_rate(number, self.steps, self.settings)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["ratio"]
-            self.optimizer.step()
-            after_step(self.model, self.name, number, self.steps)
-        finally:
-            self.optimizer.zero_grad()
-        return Step(
-            step=number,
-            steps=self.steps,
-            loss=mean_loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens=sum(len(self.feed.examples[example].ids) for numbers in batches for example in numbers),
-            seconds=time.perf_counter() - began,
-            labelled=sum(portion.labelled for portion in portions),
-            computed=sum(portion.computed for portion in portions),
-        )
-
-    def _gradients(
-        self, number: int, batches: list[list[int]], loss: Loss, release: Callable[[], None]
-    ) -> tuple[float, list[Portion]]:
-        """Gradients of the mean over everything labelled in all the batches; gives that mean and what was read."""
-        portions = []
-        for numbers in batches:
-            found = loss.portions([self.feed.examples[each] for each in numbers], self.settings.forward_tokens)
-            if not any(portion.labelled for portion in found):
-                raise _nothing_labelled(number, numbers)
-            portions += [portion for portion in found if portion.labelled]
-        total, summed, device = sum(portion.labelled for portion in portions), 0.0, self.model.device
-        state = use(self.model, self.name), mode(self.model, training=True), seeded(self.settings.seed, number, device)
-        with state[0], state[1], state[2], self.quick.on(), recomputed(self.model, self.settings):
-            for portion in portions:
-                release()
-                summed += loss.backward(self.model, portion, total)
-            added = penalty(self.model, self.name)
-            if added is not None:
-                added.backward()
-        return summed / total, portions
-
-    def _clip(self, number: int, mean_loss: float) -> float:
-        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(mean_loss) or not torch.isfinite(norm):
-            raise LorakitError(f"step {number} has a loss of {mean_loss} and a gradient of length {norm.item()}; it "
-                               "changed nothing: lower learning_rate, or train in a wider dtype")  # fmt: skip
-        if self.settings.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), self.settings.clip_norm, norm)
-        return norm.item()
-
-    def loss(self) -> Loss:
-        """The loss that fits the model, tried on the base so that no delta counts as having acted."""
+    def stepper(self) -> Stepper:
+        """What takes the steps; the model is tried on the base, so that no delta counts as having acted."""
         with use(self.model, None), mode(self.model, training=False):
-            inserts = any(attached_to(self.model, self.name).method.inserts)
-            found = loss_for(self.model, self.feed, self.settings, inserts=inserts)
+            quick, loss = Quick.of(self.model), self._loss()
+        given = self.model, self.feed, self.settings, self.name, self.trained, self.optimizer
+        return Stepper(*given, quick, loss, Appetite(self.settings.forward_tokens), self.steps)
+
+    def _loss(self) -> Loss:
+        inserts = any(attached_to(self.model, self.name).method.inserts)
+        found = loss_for(self.model, self.feed, self.settings, inserts=inserts)
         if found.trains_head:
             _refuse_untrained_head(self.model, self.name)
         return found
@@ -208,7 +163,7 @@ class _Loop:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be resumed."""
-        free = ("checkpoint_every", "evaluate_every", "patience", "epochs", "max_length")  # those act through steps and data
+        free = ("checkpoint_every", "evaluate_every", "patience", "epochs", "max_length")  # the last act through data
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
         record = attached_to(self.model, self.name)
         base = json.dumps(fingerprint(self.model, [placement.path for placement in record.plan]))
@@ -224,37 +179,9 @@ class _Loop:
 
 
 def _loop(model: Any, feed: Feed, settings: Train, name: str) -> _Loop:
-    trained = _trained(model, name)
-    optimizer = torch.optim.AdamW(_groups(model, name, trained, settings), weight_decay=settings.weight_decay)
-    with use(model, None):
-        quick = Quick.of(model)
-    return _Loop(model, feed, settings, name, trained, feed.steps(settings), optimizer, quick)
-
-
-def _trained(model: Any, name: str) -> dict[str, nn.Parameter]:
-    """The adapter's trainable parameters by path."""
-    wanted = {id(parameter) for parameter in parameters(model, name)}
-    if not wanted:
-        raise BadState(f"the adapter {name!r} has no trainable parameter; attach one, or load(..., trainable=True)")
-    return {key: parameter for key, parameter in adapter_tensors(model, name).items() if id(parameter) in wanted}
-
-
-def _groups(model: Any, name: str, trained: Mapping[str, nn.Parameter], settings: Train) -> list[dict[str, Any]]:
-    """The optimiser's groups: LoRA+ (Hayou et al. 2024, arXiv:2402.12354) lets the output's side learn faster.
-
-    Raises:
-        BadMethod: a ratio for a method whose factors have no sides.
-    """
-    if settings.outer_ratio == 1:
-        return [{"params": list(trained.values()), "ratio": 1.0}]
-    sides = [(delta.outer, key, p) for delta in deltas_of(model, name) for key, p in delta.named_parameters()]
-    outer = {id(parameter) for names, key, parameter in sides if key in names}
-    if not outer:
-        raise BadMethod(f"outer_ratio={settings.outer_ratio:g} needs factors on an output's side (LoRA's B), and "
-                        f"{attached_to(model, name).method.name} has none; leave it at 1")  # fmt: skip
-    fast = [parameter for parameter in trained.values() if id(parameter) in outer]
-    slow = [parameter for parameter in trained.values() if id(parameter) not in outer]
-    return [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": settings.outer_ratio}]
+    trained = trained_in(model, name)
+    steps, optimizer = feed.steps(settings), optimizer_for(model, name, trained, settings)
+    return _Loop(model, feed, settings, name, trained, steps, optimizer)
 
 
 def _refuse_untrained_head(model: Any, name: str) -> None:
@@ -263,21 +190,3 @@ def _refuse_untrained_head(model: Any, name: str) -> None:
     if found and not adapted.intersection(found):
         raise BadMethod(f"the adapter {name!r} leaves the classifier's head untrained; name it among the modules "
                         f"that the method trains whole: train=({found[-1]!r},)")  # fmt: skip
-
-
-def _nothing_labelled(number: int, examples: list[int]) -> BadData:
-    shown = ", ".join(map(str, examples[:8])) + (" ..." if len(examples) > 8 else "")
-    return BadData(f"step {number} reads a batch (examples {shown}) without a labelled token, so there is nothing to "
-                   "learn from it; raise max_length, or check the targets of these examples")  # fmt: skip
-
-
-def _refuse_idle(model: Any, name: str) -> None:
-    idle_paths = idle(model, name)
-    if idle_paths:
-        more = f" and {len(idle_paths) - 8} more" if len(idle_paths) > 8 else ""
-        raise NeverActed(f"the adapter {name!r} did not act at {', '.join(idle_paths[:8])}{more}: no forward pass "
-                         "calls them, so they would never be trained; choose other targets")  # fmt: skip
-
-
-def _due(step: Step, every: int) -> bool:
-    return every > 0 and step.step % every == 0

@@ -24,7 +24,7 @@ def portions(feed: Feed, examples: Sequence[Encoded], most: int, *, classes: boo
     for rows in _parts(examples, most):
         batch = feed.collate(rows, feed.pad_id)
         labelled = _classes(batch) if classes else int((batch.labels_BT[:, 1:] != UNLABELLED).sum())
-        found.append(Portion(batch, labelled, batch.ids_BT.numel()))
+        found.append(Portion(batch, len(rows), labelled, batch.ids_BT.numel()))
     return found
 
 

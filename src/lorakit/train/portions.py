@@ -14,6 +14,7 @@ class Portion:
     """The examples of one forward pass as tensors."""
 
     inputs: Any
+    examples: int
     labelled: int  # things to be learned: tokens, or classes
     computed: int  # places that go through the model, padding counted, shared contexts once
 
