@@ -55,14 +55,15 @@ class Quick:
 @contextmanager
 def recomputed(model: Any, settings: Train) -> Iterator[None]:
     """Keep the inputs of blocks alone, and compute the rest again, where the settings say so and the model does not."""
-    if settings.checkpointing == "none" or model.is_gradient_checkpointing:
+    if settings.checkpointing == "none" or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         yield
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def _norm_twin(module: nn.Module) -> Forward | None:

@@ -1,0 +1,145 @@
+"""Faster twins: equal to what they stand in for, there only while a step runs, and nowhere where they do not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorakit as lk
+from lorakit import train
+from lorakit.methods.lora import LowRank
+from lorakit.train import Train
+from lorakit.train.quick import Quick
+from tests.tiny import tiny
+from tests.train.small import adapted, feed
+
+TWINS = {  # norms and feed-forward layers of two blocks, and the last norm
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), 7),
+    "gemma3_text": 15,
+    "qwen3": 11,
+    "phi3": 5,
+    **dict.fromkeys(("gpt2", "opt", "gpt_neox", "bert"), 0),
+}
+
+
+def loss_and_gradients(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.arange(3, 27).reshape(2, 12)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = torch.cat([p.grad.flatten() for p in lk.parameters(model)])
+    model.zero_grad()
+    return loss.detach(), found
+
+
+def moved(family: str, targets: tuple[str, ...] = ("linear",), **fields: Any) -> Any:
+    torch.manual_seed(0)
+    model = tiny(family, **fields)
+    lk.attach(model, lk.LoRA(rank=2, targets=targets), name="a")
+    with torch.no_grad():
+        for parameter in lk.parameters(model):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for module in model.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 1:  # a norm whose weight is all ones would hide a wrong twin
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_twins_give_the_models_loss_and_gradients(family: str) -> None:
+    model = moved(family)
+    if family == "bert":
+        assert not Quick.of(model).twins
+        return
+    wanted = loss_and_gradients(model)
+    quick = Quick.of(model)
+    assert len(quick.twins) == TWINS[family]
+    with quick.on():
+        found = loss_and_gradients(model)
+    assert torch.allclose(found[0], wanted[0], rtol=1e-5)
+    assert (found[1] - wanted[1]).abs().max() <= 1e-5 * wanted[1].abs().max()
+
+
+@pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("linear",), ("mlp.down",), ("mlp.gate", "attn.o")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step_of_autograd_is_the_plain_path(
+    targets: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = moved("llama", targets, dtype=dtype)
+    found = loss_and_gradients(model)
+    taken: list[Any] = []
+    real = LowRank.through
+    monkeypatch.setattr(LowRank, "through", lambda self, m, x, y: taken.append(real(self, m, x, y.clone())))
+    plain = loss_and_gradients(model)
+    assert taken and all(each is not None for each in taken)
+    share = 1e-5 if dtype is torch.float32 else 5e-2
+    assert torch.allclose(found[0].float(), plain[0].float(), rtol=share)
+    assert (found[1] - plain[1]).abs().max() <= share * plain[1].abs().max()
+
+
+def saved_bytes(model: Any, quick: Quick) -> int:
+    """Bytes of distinct storages kept for backward, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(3, 51).reshape(2, 24)
+    with quick.on(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum()
+    loss.backward()
+    model.zero_grad()
+    return sum(kept.values())
+
+
+def test_twins_keep_less_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moved("llama")
+    quick = saved_bytes(model, Quick.of(model))
+    monkeypatch.setattr(LowRank, "through", lambda *given: None)
+    assert quick < 0.75 * saved_bytes(model, Quick(()))
+
+
+def test_nothing_stays_on_the_model_between_steps() -> None:
+    model = adapted()
+    for _ in train.run(model, feed(), Train(steps=2, batch_size=3), name="a"):
+        assert not [module for module in model.modules() if "forward" in vars(module)]
+
+
+def test_a_module_that_somebody_has_changed_is_left_alone() -> None:
+    model = adapted()
+    norm = model.model.norm
+    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+    before = norm.forward
+    quick = Quick.of(model)
+    assert norm not in [module for module, _ in quick.twins]
+    with quick.on():
+        assert norm.forward is before
+
+
+def test_a_norm_that_is_trained_is_left_alone() -> None:
+    model = tiny("llama")
+    lk.attach(model, lk.LoRA(rank=2, train=("model.norm",)), name="a")
+    assert model.model.norm not in [module for module, _ in Quick.of(model).twins]
+
+
+@pytest.mark.parametrize("hook", ["forward", "backward"])
+def test_a_layer_that_somebody_watches_takes_the_plain_path(hook: str) -> None:
+    model = moved("llama", ("attn.q",))
+    layer, seen = model.model.layers[0].self_attn.q_proj, []
+    if hook == "forward":
+        layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    else:
+        layer.register_full_backward_hook(lambda module, before, after: seen.append(after[0]))
+    delta = next(d for d in layer.adapters.deltas("a"))
+    wanted = nn.functional.linear(torch.ones(1, 32), layer.weight)
+    out = layer(torch.ones(1, 32))
+    assert torch.allclose(out, wanted + delta.branch(torch.ones(1, 32), wanted), atol=1e-6)
+    out.sum().backward()
+    assert seen and torch.isfinite(seen[0]).all()
