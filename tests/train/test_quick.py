@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,3 +144,29 @@ def test_a_layer_that_somebody_watches_takes_the_plain_path(hook: str) -> None:
     assert torch.allclose(out, wanted + delta.branch(torch.ones(1, 32), wanted), atol=1e-6)
     out.sum().backward()
     assert seen and torch.isfinite(seen[0]).all()
+
+
+def test_compiled_blocks_train_the_same_and_are_not_compiled_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call: real(call, backend="aot_eager"))
+    settings = Train(steps=4, batch_size=6, learning_rate=1e-2)
+    one, other = adapted(dropout=0.0), adapted(dropout=0.0)
+    losses = [step.loss for step in train.run(one, feed(), settings, name="a")]
+    compiled = []
+    for step in train.run(other, feed(), replace(settings, compile=True), name="a"):
+        compiled.append(step.loss)
+        assert all(module._compiled_call_impl is None for module in other.modules())
+    assert compiled == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_a_few_times_however_batches_differ() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, real = CompileCounterWithBackend("inductor"), torch.compile
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "compile", lambda call: real(call, backend=counter))
+        settings = Train(steps=8, batch_size=4, learning_rate=1e-2, compile=True)
+        steps = list(train.run(adapted(dropout=0.0), feed(), settings, name="a"))
+    assert len({step.computed for step in steps}) > 3
+    assert counter.frame_count <= 8  # two parts of a block, of fixed and of any length, and a last block's

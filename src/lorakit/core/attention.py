@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import BadModel
@@ -45,6 +46,7 @@ def flat_inputs(ids_T: Tensor, positions_T: Tensor, segments: Segments, device: 
     return {"input_ids": ids_T[None].to(device), "position_ids": positions_T[None].to(device), **told}
 
 
+@torch.compiler.disable  # segments differ from batch to batch, and a compiler would make code for each
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **told: Any
 ) -> tuple[Tensor, None]:

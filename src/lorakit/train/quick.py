@@ -30,10 +30,14 @@ class Quick:
     """The modules that have a twin, and it."""
 
     twins: tuple[tuple[nn.Module, Forward], ...]
+    compiled: tuple[tuple[nn.Module, Callable[..., Any]], ...] = ()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """The twins that fit this model: of norms, and of gated feed-forward layers."""
+    def of(cls, model: nn.Module, *, compile: bool = False) -> Self:
+        """The twins that fit this model: of norms, and of gated feed-forward layers; or its blocks, compiled."""
+        if compile:
+            blocks = [model.get_submodule(site.path) for site in sites_of(model) if site.role == "block"]
+            return cls((), tuple((block, torch.compile(block._call_impl)) for block in blocks))
         found = [(module, twin) for module in model.modules() if (twin := _norm_twin(module)) is not None]
         gates = [(parent, _gate_twins(*parts)) for parent, parts in _gated_parents(model)]
         found += [(parent, twin) for parent, twins in gates if (twin := _first_equal(parent, twins)) is not None]
@@ -45,9 +49,13 @@ class Quick:
         put = [(module, twin) for module, twin in self.twins if "forward" not in module.__dict__]
         for module, twin in put:
             module.__dict__["forward"] = twin
+        for module, call in self.compiled:
+            module._compiled_call_impl = call  # what `nn.Module.compile` sets
         try:
             yield
         finally:
+            for module, _ in self.compiled:
+                module._compiled_call_impl = None
             for module, _ in put:
                 module.__dict__.pop("forward", None)
 
