@@ -134,10 +134,10 @@ def compare_first_step(model: Any, tokenizer: Any, feed: Feed) -> None:
                 tensor.normal_(std=0.02)
     other = as_peft(model)
     numbers = next(feed.plan(Train(**TRAIN), 0))[0]
-    batch = feed.batch(numbers)
-    loss = loss_for(model, batch)
-    total = loss.count(batch)
-    lost = torch.tensor(loss.backward(model, batch, total) / total)
+    with lk.use(model, None):
+        loss = loss_for(model, feed, Train(**TRAIN))
+    (portion,) = loss.portions([feed.examples[number] for number in numbers], Train().forward_tokens)
+    lost = torch.tensor(loss.backward(model, portion, portion.labelled) / portion.labelled)
     peft_lost = peft_loss(other, feed, numbers)
     peft_lost.backward()
     worst = float(torch.stack([distance(lost, peft_lost), *distances(ours, dict(other.named_parameters()))]).max())

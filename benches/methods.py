@@ -186,13 +186,14 @@ def step_seconds(model: Any, feed: Feed, name: str) -> float:
     """One optimiser step with all that the method does around it."""
     trained = lk.parameters(model, name)
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-    batch = feed.batch(range(len(feed.examples)))
-    loss = loss_for(model, batch)
+    with lk.use(model, None):
+        loss = loss_for(model, feed, Train())
+    (portion,) = loss.portions(feed.examples, Train().forward_tokens)
     model.train()
     with lk.use(model, name):
         began = time.perf_counter()
         before_step(model, name, 1, 1000)
-        loss.backward(model, batch, len(feed.examples))
+        loss.backward(model, portion, portion.labelled)
         added = penalty(model, name)
         if added is not None:
             added.backward()

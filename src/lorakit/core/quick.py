@@ -25,7 +25,9 @@ def fits_one_step(x: Tensor, y: Tensor) -> bool:
 
     A compiler makes its own steps, autocast its own casts, `torch.func` its own derivatives.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if torch.compiler.is_compiling() or casts:
         return False
     plain = type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype and y.is_contiguous()
     return plain and torch._C._functorch.peek_interpreter_stack() is None
