@@ -41,6 +41,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 ROOT_IMPORTS = ("errors", "version", "core", "methods")  # what `lorakit/__init__` may re-export from
 FOUND_BY_NAME = ("lorakit.methods", "lorakit.inits", "lorakit.families")  # the registry's, for whoever asks it
 HEAVY = (
+    *("triton", "tensorboard", "mlflow", "wandb", "trackio", "ray"),
     *("transformers", "datasets", "pyarrow", "pandas", "gguf", "peft", "trl", "accelerate"),
     *("matplotlib", "rich", "jsonargparse", "fastapi", "starlette", "uvicorn"),
 )

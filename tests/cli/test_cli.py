@@ -355,3 +355,12 @@ def test_a_switch_that_a_preset_turns_on_can_be_turned_off(words: list[str]) -> 
     assert _declare.parse(Options, "train", "", given).method.train_norms is True
     assert _declare.parse(Options, "train", "", [*given, *words]).method.train_norms is False
     assert _declare.parse(Options, "train", "", [*given, *words, "--method.train_norms"]).method.train_norms is True
+
+
+@pytest.mark.parametrize(("words", "value"), [((), True), (("--train.share_contexts=false",), False)])
+def test_what_holds_unless_told_otherwise_holds(words: tuple[str, ...], value: bool) -> None:
+    from lorakit.cli._declare import parse
+    from lorakit.reproduce.run import Run
+
+    run = parse(Run, "train", "", ["--base", "b", "--data", "d", "--out", "o", *words])
+    assert run.train.share_contexts is value

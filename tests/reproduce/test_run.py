@@ -11,26 +11,20 @@ from typing import Any
 
 import pytest
 
-from lorakit.data import Data, Dataset, Example
+from lorakit.data import Dataset, Example
 from lorakit.errors import BadData, BadMethod
 from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.models import load
 from lorakit.reproduce import run as module
 from lorakit.reproduce.run import Run, carry_out, feed
 from lorakit.train import Train
-from tests.data.conftest import made
-from tests.tiny import tiny
+from tests.reproduce import small
 
 
 @pytest.fixture
 def declared(tmp_path: Path) -> Run:
-    for name, family in (("base", "llama"), ("encoder", "bert")):
-        tiny(family, vocab_size=400).save_pretrained(tmp_path / name)
-        made().save_pretrained(tmp_path / name)
-    rows = "".join(f"a {'good' * (n % 2)} film {n},{'good' if n % 2 else 'bad'}\n" for n in range(40))
-    (tmp_path / "rows.csv").write_text("text,verdict\n" + rows)
-    data = Data(source=str(tmp_path / "rows.csv"), context="text", label="verdict")
-    return Run(base=str(tmp_path / "base"), data=data, out=str(tmp_path / "out"), train=Train(steps=6, batch_size=4))
+    small.write(tmp_path)
+    return small.declared(tmp_path, train=Train(steps=6, batch_size=4))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

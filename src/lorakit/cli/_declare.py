@@ -72,7 +72,7 @@ def help_of(kind: type) -> dict[str, str]:
 
     >>> from lorakit.train import Train
     >>> help_of(Train)["accumulate"]
-    'forward passes in one optimiser step'
+    'batches in one optimiser step'
     """
     found: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
@@ -124,7 +124,7 @@ def _add(parser: Any, path: str, leaf: _Leaf) -> None:
     hint = leaf.hint | str if leaf.hint == NAMES else leaf.hint  # names may be separated by commas, too
     if field.metadata.get("positional"):
         parser.add_argument(path, type=hint, help=text, **field.metadata.get("options", {}))
-    elif hint is bool:
+    elif hint is bool and leaf.field.default is not True:  # one that holds unless told otherwise takes a value
         parser.add_argument(f"--{path}", action="store_true", help=text)
     else:
         parser.add_argument(f"--{path}", type=hint, help=text, **_default(leaf))
@@ -166,13 +166,15 @@ def _said(kind: type, table: Mapping[str, Any], prefix: str = "--") -> Iterator[
 
 
 def _spelled_out(kind: type, word: str) -> str:
-    """`--data reviews` means `--data.source reviews`, `--method lora` means `--method.name lora`."""
+    """`--data reviews` means `--data.source reviews`, `--method lora` `--method.name lora`, `--dry-run` `--dry_run`."""
     head, equals, value = word.partition("=")
+    if head.startswith("--"):
+        head = "--" + head[2:].replace("-", "_")
     for field, hint in _fields(kind):
         if head == f"--{field.name}" and _is_part(hint):
             first = METHOD if hint is Method else fields(hint)[0].name
             return f"{head}.{first}{equals}{value}"
-    return word
+    return f"{head}{equals}{value}"
 
 
 def _given(words: Sequence[str], flag: str) -> str | None:

@@ -5,22 +5,31 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, fields
 
-from lorakit.cli._show import program, say, sides, size, table
+from rich.text import Text
+
+from lorakit.cli._show import console, program, say, sides, size, table
 from lorakit.reproduce.measures import classifies
+from lorakit.reproduce.rehearsal import rehearse
 from lorakit.reproduce.run import Run, carry_out
 from lorakit.train import show
+
+LEARNED = "bold green"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Run):
-    """A run, and whether it goes on from where one stopped."""
+    """A run, and whether it goes on from where one stopped, or does not begin at all."""
 
     resume: bool = False  # go on from the newest checkpoint in --out
+    dry_run: bool = False  # show the plan and the first batch, write nothing and stop
 
 
 def main(options: Options) -> None:
     """Carry out the run and tell what came out."""
     run = Run(**{field.name: getattr(options, field.name) for field in fields(Run)})
+    if options.dry_run:
+        _rehearse(run)
+        return
     outcome = carry_out(run, resume=options.resume, wrap=show)
     found = {side: outcome.results[side] for side in ("base", "adapter") if side in outcome.results}
     if found:
@@ -42,3 +51,23 @@ def main(options: Options) -> None:
     say(f"  {program()} {use}")
     if "merge" not in run.method.waives:
         say(f"  {program()} merge {out} --out {shlex.quote(f'{run.out}-merged')}")
+
+
+def _rehearse(run: Run) -> None:
+    """Print the plan, and the first batch with what is learned of it in colour or in brackets."""
+    told = rehearse(run)
+    say(str(told.summary))
+    table("The plan", ["", ""], told.plan)
+    if told.forecast:
+        say(told.forecast)
+    say(Text(f"\nThe first batch: {len(told.batch)} examples, what is learned ", style="bold").append(_learned("so")))
+    for number, example in enumerate(told.batch, start=1):
+        say(f"\n{number}: {example.tokens} tokens, {example.labelled} to be learned")
+        say(Text(example.read).append(_learned(example.learned)))
+    say(f"\nNothing was written to {run.out}; without --dry-run the run begins.")
+
+
+def _learned(text: str) -> Text:
+    """Marked by colour, or where there is none by double brackets."""
+    colourful = console.color_system is not None and not console.no_color
+    return Text(text, style=LEARNED) if colourful else Text(f"[[{text}]]")

@@ -28,7 +28,7 @@ def flat(model: Any) -> Iterator[None]:
     """Let the model's attention keep segments apart, forward and backward, inside the block."""
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(_NAME, attend)
+    AttentionInterface.register(_NAME, _attend)
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
     for config in configs:
@@ -46,7 +46,6 @@ def flat_inputs(ids_T: Tensor, positions_T: Tensor, segments: Segments, device: 
     return {"input_ids": ids_T[None].to(device), "position_ids": positions_T[None].to(device), **told}
 
 
-@torch.compiler.disable  # segments differ from batch to batch, and a compiler would make code for each
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **told: Any
 ) -> tuple[Tensor, None]:
@@ -64,6 +63,10 @@ def attend(
     q_THD, k_THD, v_THD = (states[0].transpose(0, 1) for states in (query, key, value))
     scale, dropout = told.get("scaling"), told.get("dropout") or 0.0
     return segment_attention(q_THD, k_THD, v_THD, segments, scale, dropout)[None], None
+
+
+# Segments differ from batch to batch, and a compiler would make code for each.
+_attend = torch.compiler.disable(attend)
 
 
 def reads_flat(model: Any, longest: int) -> str:

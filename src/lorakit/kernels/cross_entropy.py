@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorakit.kernels import launch
+
 CHUNK_ROWS = 256  # on a CPU fewer rows run at half the speed; more cost memory and gain nothing
 
 
@@ -23,7 +25,7 @@ def linear_cross_entropy(
     """Summed cross-entropy of softmax(h Wᵀ + b), and `scale` times its gradient with respect to h.
 
     The head is frozen, so dh = scale (p − t) W is all that backward needs: p is made once, in the logits' own memory,
-    and no more than one chunk of logits is ever held. Log-sum-exp and p are float32 whatever the dtype of h.
+    and no more than one chunk of logits is ever held. Log-sum-exp and p are float32 or wider whatever the dtype of h.
 
     Args:
         hidden_NH: what the head reads, any float dtype.
@@ -34,7 +36,7 @@ def linear_cross_entropy(
         smoothing: the share of the target's probability that is spread over the whole vocabulary.
 
     Returns:
-        The sum of the losses (float32, not scaled), and the gradient (N, H) in the dtype of `hidden_NH`.
+        The sum of the losses (float32 or wider, not scaled), and the gradient (N, H) in the dtype of `hidden_NH`.
 
     Example:
         >>> hidden, weight, targets = torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 6, 2, 3, 3])
@@ -43,7 +45,8 @@ def linear_cross_entropy(
         >>> torch.allclose(summed, wanted)
         True
     """
-    gradient_NH, summed = torch.empty_like(hidden_NH), hidden_NH.new_zeros((), dtype=torch.float32)
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    gradient_NH, summed = torch.empty_like(hidden_NH), hidden_NH.new_zeros((), dtype=wide)
     rows = min(CHUNK_ROWS, max(len(hidden_NH), 1))
     room_CV = hidden_NH.new_empty(rows, len(weight_VH))
     for start in range(0, len(hidden_NH), rows):
@@ -59,8 +62,12 @@ def linear_cross_entropy(
 
 
 def _softmax_minus_targets(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """The summed loss, and p − t in the memory of the logits where they are float32."""
-    z_CV = logits_CV.float()
+    """The summed loss, and p − t in the memory of the logits where they are float32, or where Triton runs."""
+    if launch.takes(logits_CV):
+        from lorakit.kernels import triton_cross_entropy
+
+        return triton_cross_entropy.softmax_minus_targets(logits_CV, targets_C, smoothing)
+    z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     at_C1 = targets_C[:, None]
     highest_C1, where_C1 = z_CV.max(1, keepdim=True)
     right_C1 = z_CV.gather(1, at_C1) * (1 - smoothing)

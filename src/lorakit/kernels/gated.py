@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.kernels import launch
 from lorakit.kernels.remade import remember
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -44,6 +45,10 @@ def gated(e: Tensor, g: Tensor, activation: Activation = "silu") -> Tensor:
 
 
 def _product(e: Tensor, g: Tensor, activation: Activation) -> Tensor:
+    if launch.takes(e, g) and e.shape == g.shape:
+        from lorakit.kernels import triton_gated
+
+        return triton_gated.product(e, g, activation)
     return _FORWARD[activation](e).mul_(g)
 
 
@@ -58,5 +63,9 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         e, g = ctx.saved_tensors
+        if launch.takes(gradient, e, g):
+            from lorakit.kernels import triton_gated
+
+            return *triton_gated.gradients(gradient, e, g, ctx.activation), None
         along_g = _FORWARD[ctx.activation](e).mul_(gradient)
         return _BACKWARD[ctx.activation](gradient * g, e), along_g, None

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.kernels import launch
 from lorakit.kernels.remade import recipe
 
 
 def low_rank_linear(x: Tensor, y: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """y + scale (x Aᵀ) Bᵀ, where y = x Wᵀ + b is what a frozen linear layer made of x; y's memory is written to.
 
-    The gradient of x goes through W and through B A in one buffer. Saved for backward are x (by reference, or what it is
-    remade from), x Aᵀ and the two small factors; autograd's own graph behind `y` is not used, so the caller drops it.
+    The gradient of x goes through W and through B A in one buffer. Saved for backward are x (by reference, or what it
+    is remade from), x Aᵀ and the two small factors; autograd's own graph behind `y` is not used: the caller drops it.
 
     Args:
         x: (…, in).
@@ -38,6 +39,18 @@ def low_rank_linear(x: Tensor, y: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR:
     return made
 
 
+def _add_low_rank(y_TO: Tensor, x_TI: Tensor, down_RI: Tensor, up_RO: Tensor) -> Tensor:
+    """y += (x Dᵀ) U in y's memory; gives x Dᵀ."""
+    if launch.takes(y_TO, x_TI, down_RI, up_RO):
+        from lorakit.kernels import triton_low_rank
+
+        if triton_low_rank.fits(y_TO, x_TI, down_RI, up_RO):
+            return triton_low_rank.add_low_rank(y_TO, x_TI, down_RI, up_RO)
+    low_TR = x_TI @ down_RI.T
+    y_TO.addmm_(low_TR, up_RO)
+    return low_TR
+
+
 class _LowRankLinear(torch.autograd.Function):
     """B is used as (R, O): thin products are two to three times faster in that layout on a CPU."""
 
@@ -45,8 +58,7 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         small_RI, lift_RO = a_RI.to(y.dtype), (b_OR * scale).to(y.dtype).T.contiguous()
-        low_TR = x_TI @ small_RI.T
-        y_TO.addmm_(low_TR, lift_RO)
+        low_TR = _add_low_rank(y_TO, x_TI, small_RI, lift_RO)
         remade = recipe(x)
         ctx.save_for_backward(low_TR, weight_OI, small_RI, lift_RO, *remade.tensors)
         ctx.remade, ctx.scale, ctx.dtypes = remade.make, scale, (a_RI.dtype, b_OR.dtype)
@@ -59,10 +71,12 @@ class _LowRankLinear(torch.autograd.Function):
         low_TR, weight_OI, small_RI, lift_RO, *made_of = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         g_TO = gradient.reshape(-1, gradient.shape[-1])
-        g_TR = g_TO @ lift_RO.T
         g_x = g_a = g_b = None
         if wants_x:
-            g_x = (g_TO @ weight_OI).addmm_(g_TR, small_RI).view(*gradient.shape[:-1], -1)
+            g_x_TI = g_TO @ weight_OI
+            g_TR, g_x = _add_low_rank(g_x_TI, g_TO, lift_RO, small_RI), g_x_TI.view(*gradient.shape[:-1], -1)
+        else:
+            g_TR = g_TO @ lift_RO.T
         if wants_a:
             g_a = (g_TR.T @ ctx.remade(*made_of).reshape(-1, small_RI.shape[1])).to(ctx.dtypes[0])
         if wants_b:

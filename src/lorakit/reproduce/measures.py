@@ -1,15 +1,24 @@
-"""What a run measures: named numbers of a model on a data set's test examples."""
+"""What a run measures: named numbers of a model on a data set's test examples, and its loss on held-out ones.
+
+B batch, C classes.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.nn import functional as F
+
 from lorakit import evaluate
+from lorakit.core.mode import mode
 from lorakit.core.routing import What
-from lorakit.data import Dataset
+from lorakit.data import Dataset, Encoded, collate
 from lorakit.errors import BadData, UnknownName, nearest
+from lorakit.evaluate.scores import Request, log_probabilities
 from lorakit.train.settings import check, counts
 
 Measure = Callable[[Any, Any, Dataset, "Evaluate"], float]
@@ -17,12 +26,13 @@ Measure = Callable[[Any, Any, Dataset, "Evaluate"], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """What is measured on the test examples, of the base and of the adapter."""
+    """What is measured: on the test examples of base and adapter, on held-out training examples during training."""
 
     measures: tuple[str, ...] | str = ()  # accuracy, exact_match, perplexity; none named: what fits the data
     batch_size: int = 32  # examples in one forward pass
     max_length: int = 512  # tokens of one example
     max_new_tokens: int = 32  # longest text that exact_match lets the model write
+    held_out: int = 128  # training examples that are not trained on but evaluated every train.evaluate_every steps
 
     def __post_init__(self) -> None:
         split = self.measures.split(",") if isinstance(self.measures, str) else self.measures
@@ -31,7 +41,7 @@ class Evaluate:
             if name not in MEASURES:
                 raise UnknownName(f"there is no measure called {name!r}; {nearest(name, MEASURES)}")
         sizes = {"batch_size": self.batch_size, "max_length": self.max_length, "max_new_tokens": self.max_new_tokens}
-        check("evaluate with", counts(**sizes))
+        check("evaluate with", counts(**sizes, held_out=self.held_out))
 
 
 def _accuracy(model: Any, tokenizer: Any, data: Dataset, settings: Evaluate) -> float:
@@ -80,3 +90,22 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """The measures under each of several adapters: {side: {measure: value}}."""
     return evaluate.compare(model, sides, lambda: measure(model, tokenizer, data, settings))
+
+
+def mean_loss(model: Any, examples: Sequence[Encoded], pad_id: int, batch_size: int) -> float:
+    """What training lowers, without dropout: the mean loss over target tokens, or over a classifier's examples."""
+    if classifies(model):
+        batches = (examples[start : start + batch_size] for start in range(0, len(examples), batch_size))
+        return math.fsum(_class_loss(model, batch, pad_id) for batch in batches) / len(examples)
+    requests = [Request(e.ids[:-1], tuple(range(e.start - 1, len(e.ids) - 1)), e.ids[e.start :]) for e in examples]
+    found = [value for values in log_probabilities(model, requests, batch_size) for value in values]
+    return -math.fsum(found) / len(found)
+
+
+@torch.no_grad()
+def _class_loss(model: Any, examples: Sequence[Encoded], pad_id: int) -> float:
+    batch, classes = collate(examples, pad_id), torch.tensor([example.label for example in examples])
+    ids, attention = batch.ids_BT.to(model.device), batch.attention_BT.to(model.device)
+    with mode(model, training=False):
+        logits_BC = model(input_ids=ids, attention_mask=attention).logits.float()
+    return F.cross_entropy(logits_BC.cpu(), classes, reduction="sum").item()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -18,18 +18,25 @@ from lorakit.core.atomic import write_files
 from lorakit.core.files import TENSORS
 from lorakit.core.method import Method
 from lorakit.core.statistics import Statistics
-from lorakit.data import Data, Dataset, TooShort, collate, encode, encode_texts, open_data, order
+from lorakit.data import Data, Dataset, Encoded, Example, TooShort, collate, encode, encode_texts, open_data, order
 from lorakit.errors import BadMethod
 from lorakit.methods import DEFAULT
 from lorakit.reproduce.calibration import gathered
-from lorakit.reproduce.measures import Evaluate, classifies, compare
+from lorakit.reproduce.held_out import hold_out
+from lorakit.reproduce.measures import Evaluate, classifies, compare, mean_loss
 from lorakit.train import Feed, Step, Train, draw, heads, run
+from lorakit.train.best import best, evaluated, keep_best
 from lorakit.train.metrics import read as read_metrics
+from lorakit.train.settings import check
+from lorakit.train.track import To, require, track
 from lorakit.version import VERSION
 
 RUN, RESULTS = "run.json", "results.json"
+BEST = "best"  # folder of the adapter whose held-out loss is the lowest so far
+LOSS = "held_out_loss"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 Wrap = Callable[[Iterator[Step]], Iterator[Step]]
+Keep = Literal["last", "best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,18 @@ class Run:
     method: Method = field(default_factory=DEFAULT)  # how to adapt
     train: Train = field(default_factory=Train)  # how to train
     evaluate: Evaluate = field(default_factory=Evaluate)  # what to measure before and after
+    keep: Keep = "last"  # which state is saved: the last, or that of the lowest held-out loss
+    track: To = "none"  # a service that shows the run while it goes on, under the name of its folder
     calibrate_on: int = 256  # training examples for methods and initialisations that start from data
+
+    def __post_init__(self) -> None:
+        evaluates, patience = self.train.evaluate_every > 0, self.train.patience
+        rules = [
+            ("keep", self.keep, "last, or best", self.keep in get_args(Keep)),
+            ("keep", self.keep, "last where train.evaluate_every is 0", self.keep != "best" or evaluates),
+            ("train.patience", patience, "0 where train.evaluate_every is 0", not patience or evaluates),
+        ]
+        check("run with", rules)
 
     def to_json(self) -> dict[str, Any]:
         """The run as plain JSON values."""
@@ -71,7 +89,35 @@ def carry_out(run_: Run, *, resume: bool = False, wrap: Wrap = lambda steps: ste
     Raises:
         LorakitError: anything in the declaration that cannot be done; nothing is half-written.
     """
+    require(run_.track)
     return adapt(*prepare(run_), run_, resume=resume, wrap=wrap)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run before its first step: the model with the new adapter attached, and what it will read."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    examples: Feed
+    held_out: list[Encoded]
+
+
+def ready(model: Any, tokenizer: Any, data: Dataset, run_: Run) -> Ready:
+    """Attach the adapter, and put the training examples together; nothing is written.
+
+    Raises:
+        LorakitError: anything in the declaration that cannot be done.
+    """
+    name = Path(run_.out).resolve().name
+    torch.manual_seed(run_.train.seed)
+    method = with_head(model, run_.method)
+    train, held = hold_out(data.train, run_.evaluate.held_out) if run_.train.evaluate_every else (data.train, [])
+    examples = feed(model, tokenizer, replace(data, train=train), run_.train, method)
+    held_out = encoded(model, tokenizer, held, run_.train, method)
+    lk.attach(model, method, name, statistics=_statistics(model, method, examples, run_))
+    return Ready(model, tokenizer, name, examples, held_out)
 
 
 def adapt(
@@ -87,24 +133,53 @@ def adapt(
 
     Where the data has no test examples, nothing is measured. A finished run that is resumed keeps its results.
     """
-    out, name = Path(run_.out), Path(run_.out).resolve().name
-    torch.manual_seed(run_.train.seed)
-    method = with_head(model, run_.method)
-    examples = feed(model, tokenizer, data, run_.train, method)
-    lk.attach(model, method, name, statistics=_statistics(model, method, examples, run_))
-    steps = run(model, examples, run_.train, name=name, out=out, resume=resume)
+    made, out = ready(model, tokenizer, data, run_), Path(run_.out)
+    steps = run(
+        model, made.examples, run_.train, name=made.name, out=out, resume=resume, evaluate=_evaluation(made, run_)
+    )
     results = _results_in(out) if resume else None
     before = compare(model, tokenizer, data, run_.evaluate, {"base": None}) if data.test and not results else {}
-    for _ in wrap(steps):
+    for _ in wrap(track(steps, "none" if results else run_.track, out, run_.to_json())):
         pass
+    if run_.keep == "best" and (out / BEST / TENSORS).is_file():
+        _replace(made, out / BEST)
     if not results:
-        lk.save(model, name, out)
+        lk.save(model, made.name, out)
         write_files(out, {RUN: as_json({"run": run_.to_json(), "versions": versions()})})
         draw(out)
-        after = compare(model, tokenizer, data, run_.evaluate, {"adapter": name}) if data.test else {}
-        results = before | after | figures(model, name, out)
+        after = compare(model, tokenizer, data, run_.evaluate, {"adapter": made.name}) if data.test else {}
+        results = before | after | figures(model, made.name, out) | _kept(run_, out)
         write_files(out, {RESULTS: as_json(results)})
-    return Outcome(model, tokenizer, data, name, results)
+    return Outcome(model, tokenizer, data, made.name, results)
+
+
+def _evaluation(made: Ready, run_: Run) -> Callable[[], Mapping[str, float]] | None:
+    """What is called every `evaluate_every` steps."""
+    if not made.held_out:
+        return None
+
+    def evaluate() -> dict[str, float]:
+        with lk.use(made.model, made.name):
+            batch = run_.evaluate.batch_size
+            return {LOSS: mean_loss(made.model, made.held_out, made.tokenizer.pad_token_id, batch)}
+
+    def save() -> None:
+        lk.save(made.model, made.name, Path(run_.out) / BEST)
+
+    return evaluate if run_.keep == "last" else keep_best(evaluate, save, run_.out)
+
+
+def _replace(made: Ready, folder: Path) -> None:
+    """Give the attached adapter the values of the one in `folder`."""
+    lk.detach(made.model, made.name)
+    lk.load(made.model, folder, made.name, trainable=True)
+
+
+def _kept(run_: Run, out: Path) -> dict[str, Any]:
+    """Which step's state was saved, and its held-out loss; nothing where none was evaluated."""
+    losses = evaluated(out)
+    kept = (best(losses) if run_.keep == "best" else losses[-1]) if losses else None
+    return {"kept_step": kept.step, LOSS: kept.value} if kept else {}
 
 
 def _statistics(model: Any, method: Method, examples: Feed, run_: Run) -> Statistics | None:
@@ -153,7 +228,15 @@ def with_head(model: Any, method: Method) -> Method:
 
 
 def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, method: Method | None = None) -> Feed:
-    """The training examples as token ids, in batches; positions stay free for what the method is going to insert.
+    """The training examples as token ids, in batches; `encoded` says what is refused."""
+    examples = encoded(model, tokenizer, data.train, settings, method)
+    return Feed(examples, tokenizer.pad_token_id, collate, order)
+
+
+def encoded(
+    model: Any, tokenizer: Any, examples: list[Example], settings: Train, method: Method | None = None
+) -> list[Encoded]:
+    """Examples as token ids; positions stay free for what the method is going to insert.
 
     Raises:
         BadMethod: it leaves too few of them for any example.
@@ -164,7 +247,7 @@ def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, method: Met
     longest = models.longest(model)
     left = max(longest - prefix - infix, 0)
     try:
-        encoded = to_ids(data.train, tokenizer, min(settings.max_length, max(left, 1)))
+        return to_ids(examples, tokenizer, min(settings.max_length, max(left, 1)))
     except TooShort as error:
         if not method or left == longest or error.least > min(longest, settings.max_length):
             raise
@@ -173,7 +256,6 @@ def feed(model: Any, tokenizer: Any, data: Dataset, settings: Train, method: Met
             f"{type(model).__name__} has {longest} positions in all, which leaves {left or 'none'} for an example; it "
             f"needs {error.least} or more, so take a shorter prefix"
         ) from error
-    return Feed(encoded, tokenizer.pad_token_id, collate, order)
 
 
 def figures(model: Any, name: str, out: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lorakit.core.routing import use
 from lorakit.core.state import adapter_buffers, attached_to
 from lorakit.core.stepping import rest
 from lorakit.errors import BadMethod, Diverged, Interrupted, LorakitError, OutOfMemory
-from lorakit.train import checkpoint
+from lorakit.train import checkpoint, metrics
+from lorakit.train.best import Evaluated, counted, evaluated, why_over
 from lorakit.train.feed import Feed
 from lorakit.train.folder import RunFolder
 from lorakit.train.head import heads
@@ -31,6 +33,7 @@ from lorakit.train.settings import Step, Train
 from lorakit.train.stepper import Stepper
 from lorakit.train.surroundings import held_interrupt
 
+_log = logging.getLogger(__name__)
 Steps = Generator[Step, None, None]
 Evaluate = Callable[[], Mapping[str, float]]
 
@@ -57,7 +60,8 @@ def run(
         name: the adapter to be trained; nothing else is.
         out: a folder for `metrics.jsonl` and checkpoints; None keeps nothing.
         resume: go on from the newest checkpoint in `out`, to the same bits as an uninterrupted run.
-        evaluate: called every `evaluate_every` steps and after the last; its numbers go into the step.
+        evaluate: called every `evaluate_every` steps and after the last; its numbers go into the step, and the first
+            of them, of which lower is better, is what `patience` watches.
 
     Raises:
         BadState: the adapter has no trainable parameter.
@@ -91,12 +95,15 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
         checkpoint.restore(found, loop.trained, loop.optimizer, adapter_buffers(loop.model, loop.name))
     done = first = 0 if found is None else found.step
     plan, stepper = loop.feed.plan(loop.settings, done), loop.stepper()
+    seen = [] if folder is None else evaluated(folder.path)
     try:
-        while done < loop.steps:
+        if folder is not None and done:
+            _catch_up(loop, folder, evaluate, seen)
+        while done < loop.steps and not why_over(seen, loop.settings.patience):
             with held_interrupt() as release:
                 step = stepper.take(done + 1, next(plan), release, first=done == first)
                 done = step.step
-            yield _finish(loop, folder, evaluate, step, release)
+            yield _finish(loop, folder, evaluate, step, release, seen)
     except KeyboardInterrupt as interrupt:
         if folder is None:
             raise
@@ -112,20 +119,44 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
 
 
 def _finish(
-    loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None, step: Step, release: Callable[[], None]
+    loop: _Loop,
+    folder: RunFolder | None,
+    evaluate: Evaluate | None,
+    step: Step,
+    release: Callable[[], None],
+    seen: list[Evaluated],
 ) -> Step:
     """Evaluate, record and checkpoint a step that has been taken, where each is due."""
-    due = _due(step, loop.settings.evaluate_every) or step.step == step.steps
     try:
         release()
-        if evaluate is not None and due:
-            step = replace(step, evaluation=dict(evaluate()))
+        if evaluate is not None and _is_evaluated(step, loop.settings):
+            step = replace(step, evaluation=dict(found := evaluate()))
+            seen += [Evaluated(step.step, counted(found))] if found else []
     finally:
         if folder is not None:
             folder.record(step)
-    if folder is not None and (_due(step, loop.settings.checkpoint_every) or step.step == step.steps):
+    is_last = step.step == step.steps
+    over = "" if is_last else why_over(seen, loop.settings.patience)
+    if over:
+        _log.warning(over)
+    if folder is not None and (_due(step, loop.settings.checkpoint_every) or is_last or over):
         folder.write(loop.checkpoint(step.step))
     return step
+
+
+def _catch_up(loop: _Loop, folder: RunFolder, evaluate: Evaluate | None, seen: list[Evaluated]) -> None:
+    """Evaluate the step that the run goes on from, where Ctrl-C cut its evaluation short."""
+    rows = metrics.read(folder.path) if (folder.path / metrics.METRICS).exists() else []
+    if evaluate is None or not rows or rows[-1]["evaluation"]:
+        return
+    step = Step(**{field.name: rows[-1][field.name] for field in fields(Step) if field.name in rows[-1]})
+    if _is_evaluated(step, loop.settings):
+        metrics.cut_back(folder.path, step.step - 1)
+        _finish(loop, folder, evaluate, step, lambda: None, seen)
+
+
+def _is_evaluated(step: Step, settings: Train) -> bool:
+    return _due(step, settings.evaluate_every) or step.step == step.steps
 
 
 def _due(step: Step, every: int) -> bool:
@@ -147,7 +178,7 @@ class _Loop:
     def stepper(self) -> Stepper:
         """What takes the steps; the model is tried on the base, so that no delta counts as having acted."""
         with use(self.model, None), mode(self.model, training=False):
-            quick, loss = Quick.of(self.model), self._loss()
+            quick, loss = Quick.of(self.model, compile=self.settings.compile), self._loss()
         given = self.model, self.feed, self.settings, self.name, self.trained, self.optimizer
         return Stepper(*given, quick, loss, Appetite(self.settings.forward_tokens), self.steps)
 

@@ -62,7 +62,7 @@ class Train:
     seed: int = 0  # governs data order and dropout
     max_length: int = 512  # tokens of one example
     checkpoint_every: int = 0  # steps between checkpoints; 0 writes only the last, or where the run is interrupted
-    evaluate_every: int = 0  # steps between evaluations; 0 evaluates only after the last step
+    evaluate_every: int = 0  # steps between evaluations; 0: after the last alone, from the command line none
     patience: int = 0  # evaluations without improvement after which training stops; 0 never stops
     checkpointing: Literal["none", "blocks"] = "none"  # blocks: keep their inputs alone, and compute the rest again
     compile: bool = False  # compile each block: some ten seconds at the start, faster steps after that
