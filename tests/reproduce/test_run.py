@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.cli._adapter import loaded
 from lorakit.data import Dataset, Example
 from lorakit.errors import BadData, BadMethod
 from lorakit.methods.prefix_embedding import PrefixEmbedding
@@ -108,3 +109,11 @@ def test_a_prefix_leaves_one_token_of_text_beside_the_special_ones() -> None:
             feed(model, tokenizer, data, Train(), PrefixEmbedding(prefix=prefix))
     with pytest.raises(BadData, match="max_length=2 leaves no token of text"):  # which no shorter prefix would mend
         feed(model, tokenizer, data, Train(max_length=2), PrefixEmbedding(prefix=5))
+
+
+@pytest.mark.parametrize("quantise", ["int8", "int4"])
+def test_a_run_over_a_base_in_few_bits_is_measured_over_it(declared: Run, quantise: str) -> None:
+    outcome = carry_out(replace(declared, quantise=quantise))
+    assert outcome.model.model.layers[0].mlp.up_proj.is_packed
+    model, _, _ = loaded(Path(declared.out), None)
+    assert model.model.layers[0].mlp.up_proj.is_packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
@@ -31,8 +31,17 @@ def base_of(adapter: Path, base: str | None) -> str:
 def loaded(adapter: Path, base: str | None) -> tuple[Any, Any, str]:
     """The base, its tokenizer, and the name under which the adapter is attached to it."""
     labels = _described(adapter)[1].get("base", {}).get("labels") or None
-    model, tokenizer = models.load(base_of(adapter, base), labels=labels)
+    model, tokenizer = models.load(base_of(adapter, base), labels=labels, quantise=_quantised(adapter))
     return model, tokenizer, load(model, adapter)
+
+
+def _quantised(adapter: Path) -> models.Quantise:
+    """How the base was kept in training, where the record says it."""
+    try:
+        told = json.loads((adapter / RUN).read_bytes())["run"]["quantise"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "none"
+    return next((name for name in get_args(models.Quantise) if name == told), "none")
 
 
 def _described(adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:

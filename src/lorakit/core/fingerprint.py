@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,18 +13,23 @@ from torch import Tensor, nn
 
 from lorakit.core.checked import misfits
 from lorakit.core.experts import WEIGHT, experts_of
+from lorakit.core.quantised import bits_of, floats_of
 from lorakit.core.sites import modules_of
 from lorakit.core.state import state_or_new
 
 SAMPLES = 256  # values a matrix, at fixed places
 MOST_LABELS = 2**20  # transformers names every label
 TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same base
+ROUGH = 0.25  # of the sample's length: so far may quantisation move it; another base's sample is further away than 1
+
+log = logging.getLogger("lorakit")
 
 
 def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """The model's class and number of labels, and shape and sampled bf16 values of the weight at each path, as JSON.
 
-    Of a module that has no weight of its own (a block), those below it are sampled.
+    Of a module that has no weight of its own (a block), those below it are sampled; of a quantised layer, what its
+    codes stand for, with the `bits` of a code.
     """
     places = {place for path in set(paths) for place in _weighted(model, path)}
     found = {place: _weight(model, place) for place in sorted(places)}
@@ -32,8 +38,16 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     return {
         "architecture": type(model).__name__,
         "labels": int(getattr(getattr(model, "config", None), "num_labels", 0)) if classifies else 0,
-        "samples": {path: {"shape": list(w.shape), "bf16": _encode(_sample(w))} for path, w in weights.items()},
+        "samples": {
+            path: {"shape": list(weight.shape), "bf16": _encode(_sample(weight))} | _bits(model, path)
+            for path, weight in weights.items()
+        },
     }
+
+
+def _bits(model: nn.Module, path: str) -> dict[str, float]:
+    bits = bits_of(_module(model, path) or model)
+    return {} if bits is None else {"bits": bits}
 
 
 def fingerprint_faults(told: object) -> list[str]:
@@ -45,8 +59,8 @@ def fingerprint_faults(told: object) -> list[str]:
     if not 0 <= told["labels"] <= MOST_LABELS:
         faults.append(f"its base has {told['labels']} labels")
     for path, sample in told["samples"].items():
-        what, types = f"its base's sample of {path}", {"shape": list[int], "bf16": str}
-        bad = misfits(sample, types, what, required=types)
+        what, types = f"its base's sample of {path}", {"shape": list[int], "bf16": str, "bits": float}
+        bad = misfits(sample, types, what, required=("shape", "bf16"))
         faults += bad or ([] if _is_whole(sample) else [f"{what} is damaged"])
     return faults
 
@@ -61,40 +75,64 @@ def _is_whole(sample: Mapping[str, Any]) -> bool:
 
 def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     """What speaks against `model` being the base of a saved fingerprint; empty if nothing does."""
-    faults, other = [], []
+    faults: list[str] = []
+    other: list[str] = []
+    rough: list[str] = []
     for path, sample in saved.get("samples", {}).items():
         weight = _weight(model, path)
         if weight is None:
             continue
         if list(weight.shape) != sample["shape"]:
             faults.append(f"{path} has shape {tuple(weight.shape)} here and {tuple(sample['shape'])} in its base")
-        elif not weight.is_meta and not same_values(sample, weight):
-            other.append(path)
+        elif not weight.is_meta and not _are_equal(sample, weight):
+            near = same_values(sample, weight, quantised=bool(_bits(model, path)))
+            (rough if near else other).append(path)
     if other:
         faults.append(
             f"it was trained on another base: {len(other)} of {len(saved['samples'])} sampled matrices have other "
             f"values (first: {other[0]})"
         )
+    if rough and not other:
+        log.warning("%d weights (first: %s) are the adapter's base only up to quantisation, which one of the two has "
+                    "and the other has not", len(rough), rough[0])  # fmt: skip
     return faults
 
 
-def same_values(sample: Mapping[str, Any], weight: Tensor) -> bool:
-    """Whether a weight has the values that were sampled, up to bf16's rounding."""
-    return list(weight.shape) == sample["shape"] and _close(_sample(weight), _decode(sample["bf16"]))
+def same_values(sample: Mapping[str, Any], weight: Tensor, *, quantised: bool = False) -> bool:
+    """Whether a weight has the values that were sampled, up to bf16's rounding.
+
+    Where the weight is `quantised`, or the sampled one was, up to what quantisation changes.
+    """
+    may_differ = quantised or "bits" in sample
+    return _are_equal(sample, weight) or (may_differ and _are_near(sample, weight))
+
+
+def _are_equal(sample: Mapping[str, Any], weight: Tensor) -> bool:
+    own, told = _sample(weight).float(), _decode(sample["bf16"]).float()
+    return list(weight.shape) == sample["shape"] and torch.allclose(own, told, rtol=TOLERANCE, atol=1e-6)
+
+
+def _are_near(sample: Mapping[str, Any], weight: Tensor) -> bool:
+    own, told = _sample(weight).float(), _decode(sample["bf16"]).float()
+    return list(weight.shape) == sample["shape"] and bool((own - told).norm() <= ROUGH * told.norm())
 
 
 def _weight(model: nn.Module, path: str) -> Tensor | None:
     """The base's own weight at a path, also while something is merged into it."""
-    own = _parameter(model, path, WEIGHT)
-    if own is None:
-        own = _parameter(model, *path.rpartition(".")[::2])
-    weight = None if own is None else state_or_new(model).original(own)
-    return weight.detach() if weight is not None and weight.is_floating_point() else None
+    module, name = _module(model, path), WEIGHT
+    if module is None or module._parameters.get(name) is None:
+        above, _, name = path.rpartition(".")
+        module = _module(model, above)
+    own = None if module is None else module._parameters.get(name)
+    if module is None or own is None:
+        return None
+    weight = floats_of(module, name, state_or_new(model).original(own).detach())
+    return weight if weight.is_floating_point() else None
 
 
-def _parameter(model: nn.Module, path: str, name: str) -> nn.Parameter | None:
+def _module(model: nn.Module, path: str) -> nn.Module | None:
     try:
-        return model.get_submodule(path)._parameters.get(name)
+        return model.get_submodule(path)
     except AttributeError:
         return None
 
@@ -115,10 +153,6 @@ def _sample(weight: Tensor) -> Tensor:
     flat = weight.reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
     return flat[places.to(flat.device)].to("cpu", torch.bfloat16)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.float(), other.float(), rtol=TOLERANCE, atol=1e-6)
 
 
 def _encode(values: Tensor) -> str:

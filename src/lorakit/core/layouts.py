@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorakit.core.quantised import QuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,19 @@ class Conv2dLayout(Layout):
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a layer, or None where lorakit knows none.
 
-    A subclass with a forward of its own (quantised, scaled) is not taken for its parent: acting on it by the parent's
-    formula would be silently wrong.
+    A subclass with a forward of its own (quantised, scaled), and a layer whose weight is a tensor with products of its
+    own, are not taken for their parent: acting on them by its formula would be silently wrong. lorakit's own quantised
+    layers have the layout of those that they stand for.
 
     >>> layout_of(nn.Linear(3, 5))
     LinearLayout(in_features=3, out_features=5)
     """
     forward = type(module).forward
+    if isinstance(module, QuantisedLinear):
+        kind = Conv1DLayout if module.transposed else LinearLayout
+        return kind(module.in_features, module.out_features)
+    if _has_strange_weight(module):
+        return None
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return LinearLayout(module.in_features, module.out_features)
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
@@ -143,6 +152,25 @@ def layout_of(module: nn.Module) -> Layout | None:
         weight = module.get_parameter("weight")
         return Conv1DLayout(weight.shape[0], weight.shape[1])
     return None
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a module is, for a message; of a layer that another library quantised, what can be done about it.
+
+    >>> kind_of(nn.Linear(3, 5))
+    'Linear'
+    """
+    kind = type(module)
+    if kind.__module__.startswith("bitsandbytes."):
+        return f"{kind.__name__} of bitsandbytes (lorakit.models.adopt(model) takes its codes over)"
+    strange = _has_strange_weight(module)
+    return f"{kind.__name__} with a weight of the type {type(module.weight).__name__}" if strange else kind.__name__
+
+
+def _has_strange_weight(module: nn.Module) -> bool:
+    """Whether a weight decides itself what a product with it is; PyTorch's own (a shard) are no strangers."""
+    weight = module._parameters.get("weight")
+    return is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith("torch.")
 
 
 def _conv2d(module: nn.Conv2d) -> Conv2dLayout:

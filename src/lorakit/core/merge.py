@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.delta import Delta, changes_input, stands_in
+from lorakit.core.quantised import floats_of
 from lorakit.core.routing import depart, hook, routing_for, unhook
 from lorakit.core.state import State, adapters_of, claim, require_unmerged, state_of
 from lorakit.errors import BadRouting, BadState, NotMergeable
@@ -23,7 +24,8 @@ def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
     """Fold an adapter, or a weighted mixture of several, into the base's weights.
 
     Each new weight is computed in float32 and rounded once to the base's dtype. The model then runs its own code at its
-    own speed, without hooks, and `save_pretrained` writes the merged weights.
+    own speed, without hooks, and `save_pretrained` writes the merged weights. A quantised layer keeps floats until
+    `unmerge`, what its codes stand for and the adapter's change: quantised again, they would lose most of that change.
 
     Raises:
         NotMergeable: a delta is not a change of weights, or gives a value that is not finite.
@@ -59,7 +61,7 @@ def merge(model: nn.Module, what: str | Mapping[str, float]) -> None:
 
 def _merge_module(state: State, path: str, module: nn.Module, parts: Parts) -> None:
     own = {name: p for deltas, _ in parts for delta in deltas for name, p in delta.weights(module).items()}
-    new = folded({name: parameter.detach() for name, parameter in own.items()}, parts)
+    new = folded({name: floats_of(module, name, parameter.detach()) for name, parameter in own.items()}, parts)
     for name, value in new.items():
         if not torch.isfinite(value).all():
             raise NotMergeable(f"merging gives {path}.{name} a value that is not finite")

@@ -16,6 +16,7 @@ from lorakit.core.delta import Delta
 from lorakit.core.experts import experts_of
 from lorakit.core.layouts import layout_of
 from lorakit.core.plan import BIAS, MODULE, Placement
+from lorakit.core.quantised import QuantisedLinear
 from lorakit.core.sites import ADAPTERS, GROUPS, is_tail, matching, modules_of, sites_of
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 
@@ -45,6 +46,9 @@ class ReplacedModule(Delta):
 
     def __init__(self, placement: Placement, module: nn.Module) -> None:
         super().__init__(placement, None)
+        if isinstance(module, QuantisedLinear):
+            raise BadMethod(f"{placement.path} is quantised, so it cannot be trained whole; make it a target instead, "
+                            "or load the model without quantisation")  # fmt: skip
         self.twin = _bare_copy(module)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:

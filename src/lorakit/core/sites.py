@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lorakit.core import registry
 from lorakit.core.experts import WEIGHT, Experts, experts_of
-from lorakit.core.layouts import Layout, layout_of
+from lorakit.core.layouts import Layout, kind_of, layout_of
+from lorakit.core.quantised import floats_of
 from lorakit.errors import BadMethod, NoSuchTarget, nearest
 
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
@@ -321,9 +322,12 @@ def slice_of(data: Any) -> Slice | None:
 
 
 def weight_at(module: nn.Module, part: Slice | None) -> Tensor:
-    """The matrix W (out, in) of a layer, or a slice's rows of it: a view of the module's own where it can be one."""
+    """The matrix W (out, in) of a layer, or a slice's rows of it: a view of the module's own where it can be one.
+
+    That of a quantised layer is what its codes stand for.
+    """
     layout = layout_of(module)
     if layout is None:
-        raise BadMethod(f"a {type(module).__name__} has no weight matrix; leave it out of the targets")
-    weight_OI = layout.matrix(module.get_parameter("weight").detach())
+        raise BadMethod(f"a {kind_of(module)} has no weight matrix; leave it out of the targets")
+    weight_OI = layout.matrix(floats_of(module, WEIGHT, module.get_parameter(WEIGHT).detach()))
     return weight_OI if part is None else part.take(weight_OI, 0)

@@ -9,6 +9,7 @@ from torch import nn
 from lorakit.core.delta import Delta
 from lorakit.core.experts import shape_of
 from lorakit.core.plan import Placement
+from lorakit.core.quantised import base_size
 from lorakit.core.sites import ADAPTERS
 from lorakit.core.state import attached_to, deltas_of, idle, own_deltas_of, state_of
 
@@ -80,13 +81,14 @@ def summary(model: nn.Module) -> Summary:
         128
     """
     state = state_of(model)
-    base = [p for path, p in model.named_parameters() if ADAPTERS not in path.split(".")]
+    base = {path: p for path, p in model.named_parameters() if ADAPTERS not in path.split(".")}
+    parameters, bytes_ = base_size(model, base)
     routing = state.routing
     in_force = state.merged + " (merged)" if state.merged else ", ".join(routing.used) if routing else "the base"
     return Summary(
         model=type(model).__name__,
-        base_parameters=sum(p.numel() for p in base),
-        base_bytes=sum(p.numel() * p.element_size() for p in base),
+        base_parameters=parameters,
+        base_bytes=bytes_,
         adapters=tuple(_adapter(model, name) for name in state.attached),
         in_force=in_force,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lorakit.core.layouts import Layout, LinearLayout, layout_of
+from lorakit.core.layouts import Layout, LinearLayout, kind_of, layout_of
 from lorakit.core.plan import Placement
 from lorakit.core.sites import Site, matching, resolve
 from lorakit.errors import BadMethod
@@ -31,7 +31,7 @@ def linear_sites(name: str, model: nn.Module, targets: Iterable[str]) -> list[Si
 
 
 def _kind(site: Site, model: nn.Module) -> str:
-    return "stacked experts" if site.experts else type(model.get_submodule(site.path)).__name__
+    return "stacked experts" if site.experts else kind_of(model.get_submodule(site.path))
 
 
 def linear_layout(placement: Placement, module: nn.Module) -> Layout:
@@ -42,7 +42,7 @@ def linear_layout(placement: Placement, module: nn.Module) -> Layout:
     """
     layout = layout_of(module)
     if not isinstance(layout, LinearLayout):
-        raise BadMethod(f"{placement.path} is a {type(module).__name__}, but {placement.kind} needs a Linear or Conv1D")
+        raise BadMethod(f"{placement.path} is a {kind_of(module)}, but {placement.kind} needs a Linear or Conv1D")
     return layout
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.core.delta import Delta
 from lorakit.core.experts import WEIGHT, shape_of
 from lorakit.core.initialise import Initialisation, initialisation
-from lorakit.core.layouts import Layout, layout_of
+from lorakit.core.layouts import Layout, kind_of, layout_of
 from lorakit.core.method import Rules, Tensors
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.replace import BiasMode, bias_placements
@@ -182,7 +182,7 @@ class Factors(Delta):
     def __init__(self, placement: Placement, module: nn.Module, dropout: float = 0.0) -> None:
         shape = shape_of(module, placement.parameter)
         if shape is None or self.stacked != (placement.parameter != WEIGHT):
-            raise BadMethod(f"{placement.path} is a {type(module).__name__}, which lorakit cannot adapt")
+            raise BadMethod(f"{placement.path} is a {kind_of(module)}, which lorakit cannot adapt")
         super().__init__(placement, layout_of(module))
         if placement.rank < 1:  # a file may tell anything
             raise BadMethod(f"{placement.path} has the rank {placement.rank}; a low-rank update needs at least 1")

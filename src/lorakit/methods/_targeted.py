@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from lorakit.core.layouts import kind_of
 from lorakit.core.method import Method, Names, Rules
 from lorakit.core.plan import Placement
 from lorakit.core.sites import Site, matching, resolve
@@ -36,7 +37,7 @@ class Targeted(Method):
         sites = resolve(model, self.targets)
         for target in self.targets:
             if not any(site.has_matrix for site in matching(sites, target, model)):
-                kinds = {type(model.get_submodule(s.path)).__name__ for s in matching(sites, target, model)}
+                kinds = {kind_of(model.get_submodule(site.path)) for site in matching(sites, target, model)}
                 raise BadMethod(f"{self.name} needs {_LAYERS} layers, but {target!r} names {', '.join(sorted(kinds))}")
         stacked = next((site for site in sites if site.experts), None)
         if stacked is not None and not self.adapts_experts:

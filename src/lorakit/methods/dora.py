@@ -18,7 +18,8 @@ from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv2dLayout, Layout
 from lorakit.core.method import Tensors
 from lorakit.core.plan import Placement
-from lorakit.core.sites import ADAPTERS, Slice
+from lorakit.core.quantised import floats_of
+from lorakit.core.sites import ADAPTERS, Slice, weight_at
 from lorakit.core.state import Adapters
 from lorakit.methods import _lora_peft as peft_format
 from lorakit.methods import _peft as peft
@@ -150,9 +151,8 @@ class Rows:
         return self.__dict__ | {"_seen": None}
 
     def weight(self) -> Tensor:
-        """W (out, in), detached; a view where it can be one."""
-        weight_OI = self.layout.matrix(cast(Tensor, self.module.weight).detach())
-        return weight_OI if self.part is None else self.part.take(weight_OI, 0)
+        """W (out, in), detached; a view where it can be one, and not kept where it has to be unpacked."""
+        return weight_at(self.module, self.part)
 
     def bias(self) -> Tensor | None:
         """The bias (out,), detached."""
@@ -178,7 +178,7 @@ class Rows:
         """‖W‖ of every row of the whole layer, of its own weight even while something is merged into it."""
         weight, adapters = cast(nn.Parameter, self.module.weight), self.module._modules.get(ADAPTERS)
         own = adapters.state.original(weight) if isinstance(adapters, Adapters) else weight
-        return _squares(self.layout.matrix(own.detach())).sqrt()
+        return _squares(self.layout.matrix(floats_of(self.module, "weight", own.detach()))).sqrt()
 
 
 def _squares(weight_OI: Tensor) -> Tensor:

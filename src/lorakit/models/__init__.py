@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from lorakit.models.adopt import adopt
 from lorakit.models.cache import cache_folder
 from lorakit.models.gguf import convert
 from lorakit.models.loading import folder, load, writes
 from lorakit.models.longest import longest
+from lorakit.models.quantise import Quantise, dequantise, quantise
 
-__all__ = ["cache_folder", "convert", "folder", "load", "longest", "writes"]
+__all__ = [
+    "Quantise",
+    "adopt",
+    "cache_folder",
+    "convert",
+    "dequantise",
+    "folder",
+    "load",
+    "longest",
+    "quantise",
+    "writes",
+]

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lorakit.core import registry
 from lorakit.errors import BadModel, UnknownName, nearest
+from lorakit.models.adopt import adopt
 from lorakit.models.gguf import convert
+from lorakit.models.gguf_blocks import keep_blocks
+from lorakit.models.quantise import Quantise
+from lorakit.models.quantise import quantise as keep_in_few_bits
 from lorakit.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -30,13 +34,19 @@ class _Place:
 
     name: str
     local: bool
+    gguf: Path | None = None  # the file that the folder was made from
 
     def options(self) -> dict[str, Any]:
         return {"local_files_only": self.local, "trust_remote_code": False}
 
 
 def load(
-    name: str, *, labels: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    *,
+    labels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    quantise: Quantise = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a pretrained model, in eval mode, and its tokenizer, which pads on the right.
 
@@ -45,10 +55,12 @@ def load(
         labels: give the model a classification head of so many classes; None: its language-model head, if it has one.
         dtype: of the weights.
         seed: of the values of a classification head that the files do not hold.
+        quantise: keep the layers of attention and MLPs in fewer bits: "int8", "int4" (NormalFloat4), or "gguf" (the
+            blocks of a GGUF file as they are). What bitsandbytes quantised before it was saved stays so.
 
     Raises:
         UnknownName: no such model; the message gives the nearest names.
-        MissingPackage: the model's package is not installed; the message says how to install it.
+        MissingPackage: the model's package is not installed, or that of a quantisation; says how to install it.
         BadModel: files that cannot be read, or that lack weights.
 
     Example:
@@ -62,8 +74,12 @@ def load(
     with _reading(name), quiet(bars=place.local), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer(place)
-        model, report = _model(place, labels, dtype)
+        model, report = _model(place, labels, dtype if quantise == "none" else "auto")
     _check(model, report, labels, name)
+    with _reading(name):
+        _keep(model, quantise, place, name)
+    if quantise != "none":
+        model.to(dtype).config.dtype = dtype
     for part in (model, model.config, tokenizer):
         part.name_or_path = name  # what an adapter's file says of its base; never a path of the cache
     if model.config.pad_token_id is None:
@@ -104,7 +120,7 @@ def _place(name: str) -> _Place:
     if name.replace("_", "-") in registry.names(PACKAGED):
         path = registry.find(PACKAGED, name).model.path()
     if path.suffix.lower() == ".gguf" and path.is_file():
-        return _Place(str(convert(path)), local=True)
+        return _Place(str(convert(path)), local=True, gguf=path)
     if path.is_dir():
         return _Place(str(_checked(path)), local=True)
     if path.exists():
@@ -152,13 +168,28 @@ def _tokenizer(place: _Place) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _model(place: _Place, labels: int | None, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _model(
+    place: _Place, labels: int | None, dtype: torch.dtype | Literal["auto"]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(place.name, **place.options())
     extra = {} if labels is None else {"num_labels": labels, "ignore_mismatched_sizes": True}
     kind = _kind(config, labels)
     return kind.from_pretrained(place.name, dtype=dtype, output_loading_info=True, **extra, **place.options())
+
+
+def _keep(model: PreTrainedModel, width: Quantise, place: _Place, name: str) -> None:
+    """Keep layers in few bits; in the dtype of the file, whose weights lie in mapped memory until they are packed."""
+    found = adopt(model)
+    if width == "gguf":
+        if place.gguf is None:
+            raise BadModel(f"{name} is no GGUF file, whose blocks could be kept; take quantise='int8' or 'int4'")
+        keep_blocks(model, place.gguf)
+    elif width != "none" and found not in (None, width):
+        raise BadModel(f"{name} is quantised already, in {found}; leave quantise away, or name its original")
+    elif width != "none" and found is None:
+        keep_in_few_bits(model, width)
 
 
 def _kind(config: Any, labels: int | None) -> Any:

@@ -11,6 +11,7 @@ from lorakit.core.layouts import LinearLayout
 from lorakit.core.sites import resolve
 from lorakit.data import Data
 from lorakit.errors import BadMethod
+from lorakit.models import Quantise
 from lorakit.reproduce.calibration import gathered
 from lorakit.reproduce.run import feed, prepare
 from lorakit.train import Train
@@ -29,6 +30,7 @@ class Question:
     targets: tuple[str, ...] = ("linear",)  # the candidates: roles, groups or globs
     rank: int = 8  # the largest rank of one site
     calibrate_on: int = 256  # training examples to look at
+    quantise: Quantise = "none"  # keep the base's layers in 8 or 4 bits, or a GGUF file's as they are
     train: Train = field(default_factory=Train)  # batch size, seed and length of the examples
 
 

@@ -79,7 +79,7 @@ def without_values(base: str, dtype: torch.dtype, labels: int = 2) -> Any:
         config.num_labels = labels
     kind = AutoModelForCausalLM if writes else AutoModelForSequenceClassification
     with _reading(base), quiet(), torch.device("meta"):
-        return kind.from_config(config, dtype=dtype)
+        return kind.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _config(base: str) -> tuple[Any, bool]:

@@ -50,6 +50,7 @@ class Run:
     train: Train = field(default_factory=Train)  # how to train
     evaluate: Evaluate = field(default_factory=Evaluate)  # what to measure before and after
     keep: Keep = "last"  # which state is saved: the last, or that of the lowest held-out loss
+    quantise: models.Quantise = "none"  # keep the base's layers in 8 or 4 bits, or a GGUF file's as they are
     track: To = "none"  # a service that shows the run while it goes on, under the name of its folder
     calibrate_on: int = 256  # training examples for methods and initialisations that start from data
 
@@ -205,18 +206,20 @@ class Declared(Protocol):
     @property
     def data(self) -> Data: ...
     @property
+    def quantise(self) -> models.Quantise: ...
+    @property
     def train(self) -> Train: ...
 
 
 def prepare(run_: Declared) -> tuple[Any, Any, Dataset]:
     """The base, its tokenizer and the data; a base that writes no text gets a classification head for the labels."""
     if models.writes(run_.base):
-        model, tokenizer = models.load(run_.base)
+        model, tokenizer = models.load(run_.base, quantise=run_.quantise)
         return model, tokenizer, open_data(run_.data, tokenizer)
     data = open_data(run_.data)
     if not data.labels:
         raise BadMethod(f"{run_.base} writes no text, so it can only classify; give data with a label column")
-    return *models.load(run_.base, labels=len(data.labels), seed=run_.train.seed), data
+    return *models.load(run_.base, labels=len(data.labels), seed=run_.train.seed, quantise=run_.quantise), data
 
 
 def with_head(model: Any, method: Method) -> Method:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.core.layouts import layout_of
 from lorakit.core.sites import ADAPTERS, sites_of
 from lorakit.kernels.gated import Activation, gated
 from lorakit.kernels.norm import rms_norm
@@ -109,11 +111,13 @@ def _feed_forward(gate: nn.Module, up: nn.Module, down: nn.Module, activation: A
 
 def _first_equal(module: nn.Module, twins: list[Forward]) -> Forward | None:
     """The first twin whose output and gradient are the module's."""
-    like = next(module.parameters())
-    if like.is_meta or ADAPTERS in module._modules or not like.is_floating_point():
+    held = chain(module.parameters(), module.buffers())  # a quantised layer's parameters are codes
+    like = next((tensor for tensor in held if tensor.is_floating_point()), None)
+    if like is None or like.is_meta or ADAPTERS in module._modules:
         return None
     generator = torch.Generator().manual_seed(0)
-    width = next((m.in_features for m in module.modules() if isinstance(m, nn.Linear)), like.shape[-1])
+    layout = next((found for child in module.modules() if (found := layout_of(child)) is not None), None)
+    width = like.shape[-1] if layout is None else layout.in_features
     x = torch.randn(3, width, generator=generator).to(like)
     try:
         wanted = _tried(module, x)
