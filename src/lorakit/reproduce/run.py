@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 
@@ -36,6 +36,7 @@ BEST = "best"  # folder of the adapter whose held-out loss is the lowest so far
 LOSS = "held_out_loss"
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 Wrap = Callable[[Iterator[Step]], Iterator[Step]]
+Known = dict[Evaluate, Mapping[str, Any]]  # what a base measured, by the settings of the measurement
 Keep = Literal["last", "best"]
 
 
@@ -134,14 +135,34 @@ def adapt(
 
     Where the data has no test examples, nothing is measured. A finished run that is resumed keeps its results.
     """
+    steps = adapting(model, tokenizer, data, run_, resume=resume, wrap=wrap)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(Outcome, end.value)
+
+
+def adapting(
+    model: Any,
+    tokenizer: Any,
+    data: Dataset,
+    run_: Run,
+    *,
+    resume: bool = False,
+    wrap: Wrap = lambda steps: steps,
+    known: Known | None = None,
+) -> Generator[Step, None, Outcome]:
+    """`adapt`, one step at a time, so that several runs can take turns; what the base measures is noted in `known`."""
+    known = {} if known is None else known
     made, out = ready(model, tokenizer, data, run_), Path(run_.out)
     steps = run(
         model, made.examples, run_.train, name=made.name, out=out, resume=resume, evaluate=_evaluation(made, run_)
     )
     results = _results_in(out) if resume else None
-    before = compare(model, tokenizer, data, run_.evaluate, {"base": None}) if data.test and not results else {}
-    for _ in wrap(track(steps, "none" if results else run_.track, out, run_.to_json())):
-        pass
+    if data.test and not results and run_.evaluate not in known:
+        known[run_.evaluate] = compare(model, tokenizer, data, run_.evaluate, {"base": None})
+    yield from wrap(track(steps, "none" if results else run_.track, out, run_.to_json()))
     if run_.keep == "best" and (out / BEST / TENSORS).is_file():
         _replace(made, out / BEST)
     if not results:
@@ -149,7 +170,8 @@ def adapt(
         write_files(out, {RUN: as_json({"run": run_.to_json(), "versions": versions()})})
         draw(out)
         after = compare(model, tokenizer, data, run_.evaluate, {"adapter": made.name}) if data.test else {}
-        results = before | after | figures(model, made.name, out) | _kept(run_, out)
+        before = known.get(run_.evaluate, {})
+        results = {**before, **after, **figures(model, made.name, out), **_kept(run_, out)}
         write_files(out, {RESULTS: as_json(results)})
     return Outcome(model, tokenizer, data, made.name, results)
 

@@ -200,7 +200,8 @@ def _wandb(out: Path, config: Config, known: str | None) -> Tracked:
     import wandb
 
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    run = wandb.init(project=project, name=_name(out), id=known, resume="allow", dir=out, config=dict(config))
+    run = wandb.init(project=project, name=_name(out), id=known, resume="allow", dir=out, config=dict(config),
+                     reinit="create_new")  # fmt: skip
     return Tracked(
         run.id,
         run.step - 1,  # the step to come; offline it is 0, and the new part holds the whole run

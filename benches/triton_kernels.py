@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("kernels: no CUDA device here, so nothing to compare")
-        return record("kernels", {"device": "cpu", "scenarios": {}}, arguments.json)
+        return record("triton_kernels", {"device": "cpu", "scenarios": {}}, arguments.json)
     if not launch.runs_on(torch.device("cuda", 0)):
         sys.exit("kernels: Triton does not run on this device; the warning above says why")
     found = {}
@@ -53,7 +53,7 @@ def main() -> None:
         found[name] = measured(name, make(), arguments.rounds)
         told = ", ".join(f"{what} {value:.3g}" for what, value in found[name].items())
         print(f"{name:>32}: {told}", flush=True)
-    record("kernels", {"device": torch.cuda.get_device_name(0), "scenarios": found}, arguments.json)
+    record("triton_kernels", {"device": torch.cuda.get_device_name(0), "scenarios": found}, arguments.json)
 
 
 def measured(name: str, scenario: Scenario, rounds: int) -> dict[str, float]:
