@@ -117,3 +117,16 @@ def test_a_run_over_a_base_in_few_bits_is_measured_over_it(declared: Run, quanti
     assert outcome.model.model.layers[0].mlp.up_proj.is_packed
     model, _, _ = loaded(Path(declared.out), None)
     assert model.model.layers[0].mlp.up_proj.is_packed
+
+
+def test_where_memory_does_not_suffice_passes_are_shorter_and_it_is_said(
+    declared: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = module.ready(*module.prepare(declared), declared)
+    whole = module.forecast(made, declared)
+    assert module.fitted(made, declared) is declared.train
+    monkeypatch.setattr(module, "machine", lambda *given: replace(whole.machine, memory_bytes=0))
+    with caplog.at_level(logging.WARNING):
+        chosen = module.fitted(made, declared)
+    assert chosen.checkpointing == "blocks" or chosen.forward_tokens < declared.train.batch_size * 20
+    assert caplog.text

@@ -43,6 +43,7 @@ def main(options: Options) -> None:
             ["adapter file", f"{size(told['adapter_bytes'])} (the model: {size(told['model_bytes'])})"],
             ["steps", told["steps"]],
             ["training", f"{told['train_seconds']:.0f} s at {told['tokens_per_second']:.0f} tokens/s"],
+            ["tokens", f"{told['tokens']:,}, of which {told['computed']:,} had to be computed"],
         ],
     )
     out = shlex.quote(run.out)

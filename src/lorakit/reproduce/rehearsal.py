@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import lorakit as lk
 from lorakit.core.summary import Summary, summary
 from lorakit.data import Dataset, Encoded
-from lorakit.reproduce.run import Ready, Run, prepare, ready, with_head
-from lorakit.train.machine import machine
-from lorakit.train.planner import Lengths, plan
+from lorakit.reproduce.run import Ready, Run, forecast, prepare, ready
 
 
 class Shown(NamedTuple):
@@ -43,10 +40,7 @@ def rehearse(run_: Run) -> Rehearsal:
     told = summary(model)
     fresh = tuple(replace(adapter, resting=()) for adapter in told.adapters)  # none has had an occasion to act
     rows, batch = _plan(made, data, run_), first_batch(made, data, run_)
-    lk.detach(model, made.name)
-    lengths, here = Lengths.of(made.examples.examples), machine(None, model.dtype)
-    forecast = str(plan(model, with_head(model, run_.method), run_.train, lengths, here))
-    return Rehearsal(replace(told, adapters=fresh), rows, batch, forecast)
+    return Rehearsal(replace(told, adapters=fresh), rows, batch, str(forecast(made, run_)))
 
 
 def first_batch(made: Ready, data: Dataset, run_: Run) -> list[Shown]:

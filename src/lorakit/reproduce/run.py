@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -26,11 +27,15 @@ from lorakit.reproduce.held_out import hold_out
 from lorakit.reproduce.measures import Evaluate, classifies, compare, mean_loss
 from lorakit.train import Feed, Step, Train, draw, heads, run
 from lorakit.train.best import best, evaluated, keep_best
+from lorakit.train.forecast import Forecast
+from lorakit.train.machine import machine
 from lorakit.train.metrics import read as read_metrics
+from lorakit.train.planner import Lengths, plan
 from lorakit.train.settings import check
 from lorakit.train.track import To, require, track
 from lorakit.version import VERSION
 
+_log = logging.getLogger(__name__)
 RUN, RESULTS = "run.json", "results.json"
 BEST = "best"  # folder of the adapter whose held-out loss is the lowest so far
 LOSS = "held_out_loss"
@@ -122,6 +127,23 @@ def ready(model: Any, tokenizer: Any, data: Dataset, run_: Run) -> Ready:
     return Ready(model, tokenizer, name, examples, held_out)
 
 
+def forecast(made: Ready, run_: Run) -> Forecast:
+    """What the run is going to take here, where the base is in memory already."""
+    here, lengths = machine(None, made.model.dtype), Lengths.of(made.examples.examples)
+    room = replace(here, memory_bytes=here.memory_bytes + lk.summary(made.model).base_bytes)
+    return plan(made.model, with_head(made.model, run_.method), run_.train, lengths, room)
+
+
+def fitted(made: Ready, run_: Run) -> Train:
+    """The settings; with shorter passes, or blocks computed again, where memory would not suffice without."""
+    choice, longest = forecast(made, run_).choice, max(len(example.ids) for example in made.examples.examples)
+    passes = min(run_.train.forward_tokens, run_.train.batch_size * longest)
+    if choice.checkpointing == run_.train.checkpointing and choice.forward_tokens >= passes:
+        return run_.train
+    _log.warning(choice.why)
+    return replace(run_.train, checkpointing=choice.checkpointing, forward_tokens=max(choice.forward_tokens, 1))
+
+
 def adapt(
     model: Any,
     tokenizer: Any,
@@ -156,9 +178,8 @@ def adapting(
     """`adapt`, one step at a time, so that several runs can take turns; what the base measures is noted in `known`."""
     known = {} if known is None else known
     made, out = ready(model, tokenizer, data, run_), Path(run_.out)
-    steps = run(
-        model, made.examples, run_.train, name=made.name, out=out, resume=resume, evaluate=_evaluation(made, run_)
-    )
+    settings, evaluate = fitted(made, run_), _evaluation(made, run_)
+    steps = run(model, made.examples, settings, name=made.name, out=out, resume=resume, evaluate=evaluate)
     results = _results_in(out) if resume else None
     if data.test and not results and run_.evaluate not in known:
         known[run_.evaluate] = compare(model, tokenizer, data, run_.evaluate, {"base": None})
@@ -286,10 +307,12 @@ def encoded(
 def figures(model: Any, name: str, out: Path) -> dict[str, Any]:
     """What the run cost, all its steps together: parameters, bytes, seconds and tokens."""
     told, steps = lk.summary(model), read_metrics(out)
-    seconds, tokens = (sum(step[key] for step in steps) for key in ("seconds", "tokens"))
+    seconds, tokens, computed = (sum(step[key] for step in steps) for key in ("seconds", "tokens", "computed"))
     return {
         "train_seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
+        "tokens": tokens,
+        "computed": computed,
         "steps": steps[-1]["step"],
         "loss": steps[-1]["loss"],
         "trainable_parameters": next(a.trainable for a in told.adapters if a.name == name),
