@@ -29,7 +29,7 @@ test-slow: $(VENV)/.dev  ## the tests marked slow
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not network" --timeout 1200 $(ARGS)
 
 test-lowest: $(LOWEST)/.done  ## the laws once on the lowest supported transformers
-	PYTHONPATH=$(LOWEST) $(PYTEST) -n $(JOBS) tests/laws $(ARGS)
+	PYTHONPATH=$(LOWEST) $(PYTEST) -n $(JOBS) tests/laws tests/train/test_flat.py $(ARGS)
 
 check: $(VENV)/.dev  ## style, types, and a strict build of the docs
 	$(BIN)/ruff check

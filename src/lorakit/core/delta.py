@@ -86,6 +86,10 @@ class Delta(nn.Module, ABC):
         """
         return self.within(y, lambda part: self.after(x, part))
 
+    def is_fused(self, module: nn.Module) -> bool:
+        """Whether `through` takes calls of this module."""
+        return False
+
     def through(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """A faster twin of `act`, where this delta alone acts on this module now; None where there is none.
 

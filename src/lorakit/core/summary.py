@@ -99,7 +99,7 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
     groups: dict[tuple[str, str, str], list[int]] = {}
     seen: dict[int, nn.Parameter] = {}
     for delta in deltas:
-        key = (delta.placement.role, _shape(model, delta.placement), _size(delta))
+        key = (delta.placement.role, _shape(model, delta.placement), _size(delta, model.get_submodule(delta.placement.path)))
         new = {id(p): p for p in delta.parameters() if id(p) not in seen}  # what several deltas hold counts once
         groups.setdefault(key, []).append(sum(p.numel() for p in new.values()))
         seen |= new
@@ -125,12 +125,13 @@ def _shape(model: nn.Module, placement: Placement) -> str:
     return " x ".join(str(size) for size in (*experts, placement.slice.width if placement.slice else out, inner))
 
 
-def _size(delta: Delta) -> str:
+def _size(delta: Delta, module: nn.Module) -> str:
     rank, used = delta.placement.rank, delta.in_use()
     if not rank:
         return ""
     size = str(rank) if used == rank else f"{used} of {rank}"
-    return f"rank {size}, scale {delta.placement.scale:g}" if delta.placement.alpha else f"size {size}"
+    told = f"rank {size}, scale {delta.placement.scale:g}" if delta.placement.alpha else f"size {size}"
+    return f"{told}, fused" if delta.is_fused(module) else told
 
 
 def _told(adapter: AdapterSummary, base: int) -> str:
@@ -140,7 +141,7 @@ def _told(adapter: AdapterSummary, base: int) -> str:
         f"{size(adapter.bytes_in_optimiser)} in AdamW"
     ]
     lines += [
-        f"    {role:<10} {sites:>4} sites  {shape:<14} {rank:<20} {count:>12,}"
+        f"    {role:<10} {sites:>4} sites  {shape:<14} {rank:<23} {count:>12,}"
         for role, sites, shape, rank, count in adapter.rows
     ]
     if adapter.resting:

@@ -61,12 +61,16 @@ class LowRank(Factors):
         """y + s B A dropout(x)."""
         return y + self.branch(x, y)
 
+    def is_fused(self, module: nn.Module) -> bool:
+        """On a frozen `nn.Linear`, without dropout and without a start that is taken off."""
+        plain = self.A0 is None and self.placement.slice is None and not (self.dropout and self.training)
+        return plain and is_frozen_linear(module)
+
     def through(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """`after`, with the layer's own product in one step of autograd."""
-        plain = self.A0 is None and self.placement.slice is None and not (self.dropout and self.training)
-        if plain and is_frozen_linear(module) and fits_one_step(x, y):
-            return low_rank_linear(x, y, module.weight, self.A, self.B, self.scale)
-        return None
+        if not self.is_fused(module) or not fits_one_step(x, y):
+            return None
+        return low_rank_linear(x, y, module.get_parameter("weight"), self.A, self.B, self.scale)
 
     def fold(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A."""
