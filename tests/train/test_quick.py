@@ -170,3 +170,13 @@ def test_inductor_compiles_a_few_times_however_batches_differ() -> None:
         steps = list(train.run(adapted(dropout=0.0), feed(), settings, name="a"))
     assert len({step.computed for step in steps}) > 3
     assert counter.frame_count <= 8  # two parts of a block, of fixed and of any length, and a last block's
+
+
+def test_a_layer_is_fused_again_when_what_stood_in_for_it_is_gone() -> None:
+    model = moved("llama", ("attn.q",))
+    lk.attach(model, lk.Full(), name="whole", active=False)
+    layer = model.model.layers[0].self_attn.q_proj
+    (delta,) = layer.adapters.deltas("a")
+    assert not delta.is_fused(layer)
+    lk.detach(model, "whole")
+    assert delta.is_fused(layer)

@@ -26,7 +26,8 @@ def tell(out: str, *, quick: bool) -> None:
     labelled = demo.label(told, _shown)
     _labelled(labelled)
     _head("2  Learn, with a second adapter on the same base, to write one")
-    demo.write(told, _shown)
+    writer = demo.write(told, _shown)
+    _computed(writer)
     reviews = demo.written(told)
     _reviews(reviews)
     _head("3  One batch, three models: each row uses the adapter it names")
@@ -36,7 +37,7 @@ def tell(out: str, *, quick: bool) -> None:
     _head("4  Fold the adapter into the weights, and take it out again")
     folded = demo.merging(told, labelled.data.test[0])
     _folded(folded)
-    results = demo.finish(told, labelled, reviews, folded, time.monotonic() - began)
+    results = demo.finish(told, labelled, writer, reviews, folded, time.monotonic() - began)
     _results(results)
     _next(out)
 
@@ -59,6 +60,11 @@ def _labelled(outcome: Outcome) -> None:
     count = outcome.results["trainable_parameters"]
     told = f"{count:,} trained numbers took the accuracy on {len(outcome.data.test):,} unseen reviews from "
     say(Text.assemble(told, (f"{before:.3f}", "bold"), " to ", (f"{after:.3f}", "bold"), "."))
+
+
+def _computed(outcome: Outcome) -> None:
+    tokens, computed = (outcome.results[key] for key in ("tokens", "computed"))
+    say(f"Of {tokens:,} tokens {computed:,} had to be computed: no padding, and a prompt that examples share but once.")
 
 
 def _reviews(reviews: list[demo.Review]) -> None:
@@ -88,6 +94,7 @@ def _results(found: Mapping[str, Any]) -> None:
             ["the adapter's file", f"{size(found['adapter_bytes'])}"],
             ["the model's weights", f"{size(found['model_bytes'])}"],
             ["training", f"{found['train_seconds']:.0f} s at {found['tokens_per_second']:.0f} tokens/s"],
+            ["tokens that both read / had to compute", f"{found['tokens']:,} / {found['computed']:,}"],
             ["ms a token: base / attached / merged", speeds],
             ["merged against attached, largest logit difference", f"{found['merged_max_logit_difference']:.1e}"],
             ["unmerged weights have the original bits", "yes" if found["unmerge_bit_exact"] else "NO"],

@@ -216,6 +216,7 @@ def detach(model: nn.Module, name: str) -> None:
         if not inserting:
             unwatch(module)
         if adapters._modules:
+            hook(module)
             continue
         unhook([module])
         if not is_watched(module):

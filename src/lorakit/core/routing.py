@@ -324,15 +324,17 @@ def _fit_rows(state: State, rows_B: Tensor, y: Tensor) -> Tensor:
 
 
 def hook(module: nn.Module) -> None:
-    """Let the adapters act on a module; hooking twice is hooking once."""
+    """Let the adapters act on a module, by the hooks that they need; hooking twice is hooking once."""
     children = [cast(nn.ModuleDict, child) for child in cast(Adapters, module._modules[ADAPTERS])._modules.values()]
     deltas = [cast(Delta, delta) for child in children for delta in child._modules.values()]
     if adapt not in module._forward_hooks.values():
         module.register_forward_hook(adapt, with_kwargs=True)
-    early = any(changes_input(delta) or stands_in(delta) for delta in deltas)
+    standing = any(stands_in(delta) for delta in deltas)
+    early = standing or any(changes_input(delta) for delta in deltas)
+    drop_hooks(module, [ours for ours, needed in ((prepare, early), (depart, standing)) if not needed])
     if early and prepare not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(prepare, with_kwargs=True)
-    if any(stands_in(delta) for delta in deltas) and depart not in module._forward_hooks.values():
+    if standing and depart not in module._forward_hooks.values():
         module.register_forward_hook(depart, always_call=True)
 
 

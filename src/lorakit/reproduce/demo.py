@@ -187,10 +187,10 @@ def _milliseconds(demo: Demo, ids: torch.Tensor) -> float:
 
 
 def finish(
-    demo: Demo, labelled: Outcome, reviews: list[Review], folded: Mapping[str, Any], seconds: float
+    demo: Demo, labelled: Outcome, writer: Outcome, reviews: list[Review], folded: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Gather and write `results.json`, and put the first adapter's metrics and loss curve beside it."""
-    told, right = labelled.results, sum(review.asked == review.labelled for review in reviews)
+    told, written, right = labelled.results, writer.results, sum(review.asked == review.labelled for review in reviews)
     results = {
         "demo": "quick" if demo.quick else "finished",
         "quick": demo.quick,
@@ -199,6 +199,8 @@ def finish(
         "test_examples": len(labelled.data.test),
         **{key: told[key] for key in ("train_seconds", "tokens_per_second", "adapter_bytes", "model_bytes")},
         "trainable_parameters": told["trainable_parameters"],
+        "tokens": told["tokens"] + written["tokens"],
+        "computed": told["computed"] + written["computed"],
         **folded,
         "written_reviews": len(reviews),
         "written_as_asked": right / len(reviews),
