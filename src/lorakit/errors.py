@@ -18,7 +18,7 @@ LorakitError                 anything a user can mend; the command line prints i
 ├── Diverged                 a loss or gradient that is no finite number; says where it began
 ├── OutOfMemory              a step that does not fit into memory however it is divided
 ├── MissingPackage           an optional package, and how to install it
-└── Interrupted              stopped by the user; says how to resume
+└── Interrupted              stopped from outside: by the user, or as another process is gone; says how to resume
 ```
 """
 
@@ -98,7 +98,7 @@ class MissingPackage(LorakitError):
 
 
 class Interrupted(LorakitError):
-    """Stopped by the user; says how to resume."""
+    """Stopped from outside: by the user, or because another process of the run is gone; says how to resume."""
 
 
 def nearest(name: str, have: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from lorakit.reproduce.measures import classifies
 from lorakit.reproduce.rehearsal import rehearse
 from lorakit.reproduce.run import Run, carry_out
 from lorakit.train import show
+from lorakit.train.distributed import opened
 
 LEARNED = "bold green"
 
@@ -27,10 +28,13 @@ class Options(Run):
 def main(options: Options) -> None:
     """Carry out the run and tell what came out."""
     run = Run(**{field.name: getattr(options, field.name) for field in fields(Run)})
-    if options.dry_run:
+    with opened() as world:
+        outcome = None if options.dry_run else carry_out(run, resume=options.resume, wrap=show)
+    if not world.is_first:
+        return
+    if outcome is None:
         _rehearse(run)
         return
-    outcome = carry_out(run, resume=options.resume, wrap=show)
     found = {side: outcome.results[side] for side in ("base", "adapter") if side in outcome.results}
     if found:
         sides(f"{run.base} on {len(outcome.data.test):,} test examples of {outcome.data.name}", found)

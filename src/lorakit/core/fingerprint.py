@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from lorakit.core.checked import misfits
 from lorakit.core.experts import WEIGHT, experts_of
 from lorakit.core.quantised import bits_of, floats_of
-from lorakit.core.sites import modules_of
+from lorakit.core.sites import modules_of, sites_of
 from lorakit.core.state import state_or_new
 
 SAMPLES = 256  # values a matrix, at fixed places
 MOST_LABELS = 2**20  # transformers names every label
 TOLERANCE = 2.0**-7  # relative: a base cast to bf16 and back is still the same base
+KEPT = "_lorakit_sample"  # on a weight that is shared out over processes: its sample from before
 ROUGH = 0.25  # of the sample's length: so far may quantisation move it; another base's sample is further away than 1
 
 log = logging.getLogger("lorakit")
@@ -32,17 +34,36 @@ def fingerprint(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     codes stand for, with the `bits` of a code.
     """
     places = {place for path in set(paths) for place in _weighted(model, path)}
-    found = {place: _weight(model, place) for place in sorted(places)}
-    weights = {path: weight for path, weight in found.items() if weight is not None and not weight.is_meta}
+    found = {place: _sampled(model, place) for place in sorted(places)}
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     return {
         "architecture": type(model).__name__,
         "labels": int(getattr(getattr(model, "config", None), "num_labels", 0)) if classifies else 0,
-        "samples": {
-            path: {"shape": list(weight.shape), "bf16": _encode(_sample(weight))} | _bits(model, path)
-            for path, weight in weights.items()
-        },
+        "samples": {path: sample for path, sample in found.items() if sample is not None},
     }
+
+
+@contextmanager
+def samples_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the samples of all matrices, where these are shared out over processes inside the block."""
+    found = fingerprint(model, [site.path for site in sites_of(model) if site.has_matrix])["samples"]
+    yield
+    for path, sample in found.items():
+        vars(_parameter(model, path)[2])[KEPT] = sample
+
+
+def _kept(model: nn.Module, path: str) -> Mapping[str, Any] | None:
+    """The sample of a weight that is shared out."""
+    return getattr(_parameter(model, path)[2], KEPT, None)
+
+
+def _sampled(model: nn.Module, path: str) -> Mapping[str, Any] | None:
+    """Shape and sampled values of the weight at a path."""
+    kept = _kept(model, path)
+    weight = None if kept else _weight(model, path)
+    if weight is None or weight.is_meta:
+        return kept
+    return {"shape": list(weight.shape), "bf16": _encode(_sample(weight))} | _bits(model, path)
 
 
 def _bits(model: nn.Module, path: str) -> dict[str, float]:
@@ -79,7 +100,10 @@ def differences(saved: Mapping[str, Any], model: nn.Module) -> list[str]:
     other: list[str] = []
     rough: list[str] = []
     for path, sample in saved.get("samples", {}).items():
-        weight = _weight(model, path)
+        kept = _kept(model, path)
+        weight = None if kept else _weight(model, path)
+        if kept is not None and not _is_same(kept, sample):
+            other.append(path)
         if weight is None:
             continue
         if list(weight.shape) != sample["shape"]:
@@ -107,6 +131,11 @@ def same_values(sample: Mapping[str, Any], weight: Tensor, *, quantised: bool = 
     return _are_equal(sample, weight) or (may_differ and _are_near(sample, weight))
 
 
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    values = _decode(one["bf16"]).float(), _decode(other["bf16"]).float()
+    return one["shape"] == other["shape"] and torch.allclose(*values, rtol=TOLERANCE, atol=1e-6)
+
+
 def _are_equal(sample: Mapping[str, Any], weight: Tensor) -> bool:
     own, told = _sample(weight).float(), _decode(sample["bf16"]).float()
     return list(weight.shape) == sample["shape"] and torch.allclose(own, told, rtol=TOLERANCE, atol=1e-6)
@@ -119,15 +148,20 @@ def _are_near(sample: Mapping[str, Any], weight: Tensor) -> bool:
 
 def _weight(model: nn.Module, path: str) -> Tensor | None:
     """The base's own weight at a path, also while something is merged into it."""
-    module, name = _module(model, path), WEIGHT
-    if module is None or module._parameters.get(name) is None:
-        above, _, name = path.rpartition(".")
-        module = _module(model, above)
-    own = None if module is None else module._parameters.get(name)
+    module, name, own = _parameter(model, path)
     if module is None or own is None:
         return None
     weight = floats_of(module, name, state_or_new(model).original(own).detach())
     return weight if weight.is_floating_point() else None
+
+
+def _parameter(model: nn.Module, path: str) -> tuple[nn.Module | None, str, nn.Parameter | None]:
+    """A module, the name of its weight, and that; the path is the module's, or the parameter's."""
+    module, name = _module(model, path), WEIGHT
+    if module is None or module._parameters.get(name) is None:
+        above, _, name = path.rpartition(".")
+        module = _module(model, above)
+    return module, name, None if module is None else module._parameters.get(name)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -99,7 +99,8 @@ def _adapter(model: nn.Module, name: str) -> AdapterSummary:
     groups: dict[tuple[str, str, str], list[int]] = {}
     seen: dict[int, nn.Parameter] = {}
     for delta in deltas:
-        key = (delta.placement.role, _shape(model, delta.placement), _size(delta, model.get_submodule(delta.placement.path)))
+        module = model.get_submodule(delta.placement.path)
+        key = (delta.placement.role, _shape(model, delta.placement), _size(delta, module))
         new = {id(p): p for p in delta.parameters() if id(p) not in seen}  # what several deltas hold counts once
         groups.setdefault(key, []).append(sum(p.numel() for p in new.values()))
         seen |= new

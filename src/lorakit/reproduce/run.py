@@ -27,6 +27,7 @@ from lorakit.reproduce.held_out import hold_out
 from lorakit.reproduce.measures import Evaluate, classifies, compare, mean_loss
 from lorakit.train import Feed, Step, Train, draw, heads, run
 from lorakit.train.best import best, evaluated, keep_best
+from lorakit.train.distributed import here
 from lorakit.train.forecast import Forecast
 from lorakit.train.machine import machine
 from lorakit.train.metrics import read as read_metrics
@@ -128,20 +129,24 @@ def ready(model: Any, tokenizer: Any, data: Dataset, run_: Run) -> Ready:
 
 
 def forecast(made: Ready, run_: Run) -> Forecast:
-    """What the run is going to take here, where the base is in memory already."""
-    here, lengths = machine(None, made.model.dtype), Lengths.of(made.examples.examples)
-    room = replace(here, memory_bytes=here.memory_bytes + lk.summary(made.model).base_bytes)
+    """What the run is going to take here, where the base may be in the device's memory already."""
+    device, lengths = machine(None, made.model.dtype), Lengths.of(made.examples.examples)
+    held = lk.summary(made.model).base_bytes if made.model.device.type == device.device else 0
+    room = replace(device, memory_bytes=device.memory_bytes + held)
     return plan(made.model, with_head(made.model, run_.method), run_.train, lengths, room)
 
 
 def fitted(made: Ready, run_: Run) -> Train:
-    """The settings; with shorter passes, or blocks computed again, where memory would not suffice without."""
+    """The settings; with shorter passes, blocks computed again, or a base shared out, where memory does not suffice."""
     choice, longest = forecast(made, run_).choice, max(len(example.ids) for example in made.examples.examples)
     passes = min(run_.train.forward_tokens, run_.train.batch_size * longest)
-    if choice.checkpointing == run_.train.checkpointing and choice.forward_tokens >= passes:
-        return run_.train
+    settings = run_.train
+    if settings.sharding == "auto" and here().size > 1:
+        settings = replace(settings, sharding="replicate" if choice.devices == 1 else "shard")
+    if choice.checkpointing == settings.checkpointing and choice.forward_tokens >= passes:
+        return settings
     _log.warning(choice.why)
-    return replace(run_.train, checkpointing=choice.checkpointing, forward_tokens=max(choice.forward_tokens, 1))
+    return replace(settings, checkpointing=choice.checkpointing, forward_tokens=max(choice.forward_tokens, 1))
 
 
 def adapt(
@@ -155,7 +160,8 @@ def adapt(
 ) -> Outcome:
     """Attach, measure, train, save adapter and loss curve in `out`, measure again and write the results there.
 
-    Where the data has no test examples, nothing is measured. A finished run that is resumed keeps its results.
+    Where the data has no test examples, nothing is measured. A finished run that is resumed keeps its results. Of
+    several processes all train and measure, and the first writes.
     """
     steps = adapting(model, tokenizer, data, run_, resume=resume, wrap=wrap)
     while True:
@@ -177,24 +183,33 @@ def adapting(
 ) -> Generator[Step, None, Outcome]:
     """`adapt`, one step at a time, so that several runs can take turns; what the base measures is noted in `known`."""
     known = {} if known is None else known
-    made, out = ready(model, tokenizer, data, run_), Path(run_.out)
-    settings, evaluate = fitted(made, run_), _evaluation(made, run_)
+    made, out, world = ready(model, tokenizer, data, run_), Path(run_.out), here()
+    settings, evaluate = world.told(fitted(made, run_)), _evaluation(made, run_)
     steps = run(model, made.examples, settings, name=made.name, out=out, resume=resume, evaluate=evaluate)
-    results = _results_in(out) if resume else None
+    results = world.told(_results_in(out)) if resume else None
     if data.test and not results and run_.evaluate not in known:
         known[run_.evaluate] = compare(model, tokenizer, data, run_.evaluate, {"base": None})
-    yield from wrap(track(steps, "none" if results else run_.track, out, run_.to_json()))
-    if run_.keep == "best" and (out / BEST / TENSORS).is_file():
+    tracked = track(steps, "none" if results else run_.track, out, run_.to_json())
+    yield from wrap(tracked) if world.is_first else steps
+    if run_.keep == "best" and world.told((out / BEST / TENSORS).is_file()):
         _replace(made, out / BEST)
     if not results:
-        lk.save(model, made.name, out)
-        write_files(out, {RUN: as_json({"run": run_.to_json(), "versions": versions()})})
-        draw(out)
+        if world.is_first:
+            lk.save(model, made.name, out)
+            write_files(out, {RUN: as_json({"run": run_.to_json(), "versions": versions()})})
+            draw(out)
         after = compare(model, tokenizer, data, run_.evaluate, {"adapter": made.name}) if data.test else {}
-        before = known.get(run_.evaluate, {})
-        results = {**before, **after, **figures(model, made.name, out), **_kept(run_, out)}
-        write_files(out, {RESULTS: as_json(results)})
+        measured = {**known.get(run_.evaluate, {}), **after}
+        results = world.told(_concluded(made, run_, measured) if world.is_first else {})
     return Outcome(model, tokenizer, data, made.name, results)
+
+
+def _concluded(made: Ready, run_: Run, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the results."""
+    out = Path(run_.out)
+    results = {**measured, **figures(made.model, made.name, out), **_kept(run_, out)}
+    write_files(out, {RESULTS: as_json(results)})
+    return results
 
 
 def _evaluation(made: Ready, run_: Run) -> Callable[[], Mapping[str, float]] | None:
@@ -208,7 +223,8 @@ def _evaluation(made: Ready, run_: Run) -> Callable[[], Mapping[str, float]] | N
             return {LOSS: mean_loss(made.model, made.held_out, made.tokenizer.pad_token_id, batch)}
 
     def save() -> None:
-        lk.save(made.model, made.name, Path(run_.out) / BEST)
+        if here().is_first:
+            lk.save(made.model, made.name, Path(run_.out) / BEST)
 
     return evaluate if run_.keep == "last" else keep_best(evaluate, save, run_.out)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from lorakit.core.routing import use
 from lorakit.core.state import adapter_buffers, attached_to
 from lorakit.core.stepping import rest
 from lorakit.errors import BadMethod, Diverged, Interrupted, LorakitError, OutOfMemory
-from lorakit.train import checkpoint, metrics
-from lorakit.train.best import Evaluated, counted, evaluated, why_over
+from lorakit.train import checkpoint
+from lorakit.train.best import Evaluated, counted, why_over
+from lorakit.train.distributed import World, is_lost, join, lost, share_out
 from lorakit.train.feed import Feed
 from lorakit.train.folder import RunFolder
 from lorakit.train.head import heads
@@ -53,6 +54,9 @@ def run(
     Between two steps the model is as the caller left it: training mode, active adapter and random state are set for
     each step and put back. Ctrl-C ends the run after the step (or forward pass) in hand.
 
+    Where this is one of several processes (`lorakit.train.distributed.opened`), all of them train together: each calls
+    this with the same arguments, and steps as often; `evaluate` is called in each, and the first one's numbers count.
+
     Args:
         model: a transformers model with an attached, trainable adapter.
         feed: the examples, and how they are ordered and put together.
@@ -70,7 +74,7 @@ def run(
         BadData: a batch has nothing to be learned.
         Diverged: a loss or gradient is no finite number; `out` has a checkpoint of the step before.
         OutOfMemory: not even one example at a time fits; likewise.
-        Interrupted: Ctrl-C, once a checkpoint has been written to `out`.
+        Interrupted: Ctrl-C, or another process is gone; once a checkpoint has been written to `out`.
 
     Example:
         ```python
@@ -81,22 +85,21 @@ def run(
         ```
     """
     loop = _loop(model, feed, settings, name)
-    folder = None if out is None else RunFolder(Path(out), loop.identity())
+    folder = None if out is None else RunFolder(Path(out), loop.identity(), loop.world)
     if folder is not None:
         folder.refuse_other_run(resume=resume)
     elif resume:
         raise LorakitError("resume=True needs the output folder of the run that is to go on; give out=")
+    if loop.world.sharded:
+        share_out(model)
     return _steps(loop, folder, evaluate)
 
 
 def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> Steps:
-    found = None if folder is None else folder.begin()
-    if found is not None:
-        checkpoint.restore(found, loop.trained, loop.optimizer, adapter_buffers(loop.model, loop.name))
-    done = first = 0 if found is None else found.step
-    plan, stepper = loop.feed.plan(loop.settings, done), loop.stepper()
-    seen = [] if folder is None else evaluated(folder.path)
+    done = first = loop.begin(folder)
+    plan = loop.feed.plan(loop.settings, done)
     try:
+        stepper, seen = loop.stepper(), [] if folder is None else folder.evaluations()
         if folder is not None and done:
             _catch_up(loop, folder, evaluate, seen)
         while done < loop.steps and not why_over(seen, loop.settings.patience):
@@ -107,15 +110,25 @@ def _steps(loop: _Loop, folder: RunFolder | None, evaluate: Evaluate | None) -> 
     except KeyboardInterrupt as interrupt:
         if folder is None:
             raise
-        path = folder.write(loop.checkpoint(done))
-        raise Interrupted(f"stopped after step {done} of {loop.steps}; the checkpoint is {path}: run the same command "
-                          "with --resume (resume=True in Python) to go on from it") from interrupt  # fmt: skip
+        raise _resumable(loop, folder, done, "stopped") from interrupt
+    except (Interrupted, RuntimeError) as error:
+        if not isinstance(error, Interrupted) and not is_lost(error):
+            raise
+        if folder is None or not done:
+            raise lost() from error
+        raise _resumable(loop, folder, done, f"{lost()}: this one stopped") from error
     except (Diverged, OutOfMemory):
         if folder is not None and done:
-            folder.write(loop.checkpoint(done))  # as it was after the last good step
+            folder.write_alone(loop.checkpoint(done))  # as it was after the last good step
         raise
     finally:
         rest(loop.model, loop.name)
+
+
+def _resumable(loop: _Loop, folder: RunFolder, done: int, stopped: str) -> Interrupted:
+    path = folder.write_alone(loop.checkpoint(done))
+    return Interrupted(f"{stopped} after step {done} of {loop.steps}; the checkpoint is {path}: run the same command "
+                       "with --resume (resume=True in Python) to go on from it")  # fmt: skip
 
 
 def _finish(
@@ -128,9 +141,10 @@ def _finish(
 ) -> Step:
     """Evaluate, record and checkpoint a step that has been taken, where each is due."""
     try:
-        release()
+        loop.world.let_through(release)
         if evaluate is not None and _is_evaluated(step, loop.settings):
-            step = replace(step, evaluation=dict(found := evaluate()))
+            found = loop.world.told(dict(evaluate()))
+            step = replace(step, evaluation=found)
             seen += [Evaluated(step.step, counted(found))] if found else []
     finally:
         if folder is not None:
@@ -146,12 +160,9 @@ def _finish(
 
 def _catch_up(loop: _Loop, folder: RunFolder, evaluate: Evaluate | None, seen: list[Evaluated]) -> None:
     """Evaluate the step that the run goes on from, where Ctrl-C cut its evaluation short."""
-    rows = metrics.read(folder.path) if (folder.path / metrics.METRICS).exists() else []
-    if evaluate is None or not rows or rows[-1]["evaluation"]:
-        return
-    step = Step(**{field.name: rows[-1][field.name] for field in fields(Step) if field.name in rows[-1]})
-    if _is_evaluated(step, loop.settings):
-        metrics.cut_back(folder.path, step.step - 1)
+    step = folder.last()
+    if evaluate is not None and step and not step.evaluation and _is_evaluated(step, loop.settings):
+        folder.cut_back(step.step - 1)
         _finish(loop, folder, evaluate, step, lambda: None, seen)
 
 
@@ -174,13 +185,25 @@ class _Loop:
     trained: dict[str, nn.Parameter]
     steps: int
     optimizer: torch.optim.AdamW
+    quick: Quick
+    world: World
+
+    def begin(self, folder: RunFolder | None) -> int:
+        """Take up the newest checkpoint, if there is one, in all processes; gives the steps that are done."""
+        found = None if folder is None else folder.begin()
+        if self.world.size > 1:
+            found = self.world.told(found or self.checkpoint(0))
+        if found is None:
+            return 0
+        checkpoint.restore(found, self.trained, self.optimizer, adapter_buffers(self.model, self.name))
+        return found.step
 
     def stepper(self) -> Stepper:
         """What takes the steps; the model is tried on the base, so that no delta counts as having acted."""
         with use(self.model, None), mode(self.model, training=False):
-            quick, loss = Quick.of(self.model, compile=self.settings.compile), self._loss()
-        given = self.model, self.feed, self.settings, self.name, self.trained, self.optimizer
-        return Stepper(*given, quick, loss, Appetite(self.settings.forward_tokens), self.steps)
+            loss = self._loss()
+        given = self.model, self.feed, self.settings, self.name, self.trained, self.optimizer, self.quick
+        return Stepper(*given, loss, Appetite(self.settings.forward_tokens), self.steps, self.world)
 
     def _loss(self) -> Loss:
         inserts = any(attached_to(self.model, self.name).method.inserts)
@@ -194,7 +217,11 @@ class _Loop:
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for a run to be resumed."""
-        free = ("checkpoint_every", "evaluate_every", "patience", "epochs", "max_length")  # the last act through data
+        free = (
+            *("checkpoint_every", "evaluate_every", "patience"),
+            *("forward_tokens", "checkpointing", "sharding"),  # where and in what parts the same is computed
+            *("epochs", "max_length"),  # these act through steps and data
+        )
         settings = {key: value for key, value in asdict(self.settings).items() if key not in free}
         record = attached_to(self.model, self.name)
         base = json.dumps(fingerprint(self.model, [placement.path for placement in record.plan]))
@@ -212,7 +239,10 @@ class _Loop:
 def _loop(model: Any, feed: Feed, settings: Train, name: str) -> _Loop:
     trained = trained_in(model, name)
     steps, optimizer = feed.steps(settings), optimizer_for(model, name, trained, settings)
-    return _Loop(model, feed, settings, name, trained, steps, optimizer)
+    world = join(model, settings.sharding)
+    with use(model, None), mode(model, training=False):
+        quick = Quick.of(model, compile=settings.compile)  # before weights are shared out
+    return _Loop(model, feed, settings, name, trained, steps, optimizer, quick, world)
 
 
 def _refuse_untrained_head(model: Any, name: str) -> None:

@@ -45,5 +45,3 @@ def _groups(model: nn.Module, name: str, trained: Mapping[str, nn.Parameter], se
     fast = [parameter for parameter in trained.values() if id(parameter) in outer]
     slow = [parameter for parameter in trained.values() if id(parameter) not in outer]
     return [{"params": slow, "ratio": 1.0}, {"params": fast, "ratio": settings.outer_ratio}]
-
-

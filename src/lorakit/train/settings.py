@@ -65,6 +65,7 @@ class Train:
     evaluate_every: int = 0  # steps between evaluations; 0: after the last alone, from the command line none
     patience: int = 0  # evaluations without improvement after which training stops; 0 never stops
     checkpointing: Literal["none", "blocks"] = "none"  # blocks: keep their inputs alone, and compute the rest again
+    sharding: Literal["auto", "replicate", "shard"] = "auto"  # of several devices: each a copy of the base, or a part
     compile: bool = False  # compile each block: some ten seconds at the start, faster steps after that
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class Train:
             ("warmup_share", self.warmup_share, "from 0 to 1", 0 <= self.warmup_share <= 1),
             ("label_smoothing", self.label_smoothing, "from 0 to below 1", 0 <= self.label_smoothing < 1),
             ("checkpointing", self.checkpointing, "none or blocks", self.checkpointing in ("none", "blocks")),
+            ("sharding", self.sharding, "auto, replicate or shard", self.sharding in ("auto", "replicate", "shard")),
             *counts(batch_size=self.batch_size, accumulate=self.accumulate),
             *counts(forward_tokens=self.forward_tokens, max_length=self.max_length),
             seed_rule(self.seed),
