@@ -201,3 +201,22 @@ def test_cross_entropy_in_bfloat16_is_at_most_twice_as_wrong_as_the_plain_path()
     exact, ours = plain(torch.float64), list(linear_cross_entropy(hidden, weight, None, targets, scale=1.0))
     pairs = list(zip(_error(ours, exact), _error(plain(torch.bfloat16), exact), strict=True))
     assert [pair for pair in pairs if not pair[0] <= 2 * pair[1] + 1e-6] == []
+
+
+def test_what_is_made_again_is_made_once_for_all_its_readers() -> None:
+    from lorakit.kernels.remade import recipe, remember
+
+    calls: list[int] = []
+
+    def make(one: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return one * 2
+
+    one = torch.ones(2)
+    two = remember(one * 2, make, one)
+    readers = [recipe(two) for _ in range(3)]
+    found = [remaker(*tensors) for remaker, tensors in readers]
+    assert len(calls) == 1 and all(each is found[0] for each in found)
+    assert readers[0][0].made is None
+    readers[0][0](*readers[0][1])  # a second backward through the same graph
+    assert len(calls) == 2 and readers[0][0].made is None

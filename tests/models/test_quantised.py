@@ -139,7 +139,9 @@ def test_numbers_and_bytes_are_counted(width: Width) -> None:
     inside = sum(layer.numbers for layer in layers(model).values())
     scales = sum(part.nbytes for layer in layers(model).values() for part in layer.parts())
     assert told.base_bytes == usual.base_bytes - 4 * inside + inside // (1 if width == "int8" else 2) + scales
-    assert told.adapters[0].rows == usual.adapters[0].rows
+    rows = usual.adapters[0].rows
+    plain_rows = [(*row[:3], row[3].removesuffix(", fused"), row[4]) for row in rows]
+    assert list(told.adapters[0].rows) == plain_rows  # a layer in few bits is not fused
 
 
 @one_by_default

@@ -13,7 +13,8 @@ from lorakit.core import files
 from lorakit.core.files import load
 from lorakit.data import Data
 from lorakit.errors import LorakitError
-from lorakit.reproduce.run import RUN
+from lorakit.reproduce.run import RUN, at_hand
+from lorakit.train.machine import usual_dtype
 
 
 def base_of(adapter: Path, base: str | None) -> str:
@@ -31,8 +32,9 @@ def base_of(adapter: Path, base: str | None) -> str:
 def loaded(adapter: Path, base: str | None) -> tuple[Any, Any, str]:
     """The base, its tokenizer, and the name under which the adapter is attached to it."""
     labels = _described(adapter)[1].get("base", {}).get("labels") or None
-    model, tokenizer = models.load(base_of(adapter, base), labels=labels, quantise=_quantised(adapter))
-    return model, tokenizer, load(model, adapter)
+    name, dtype, kept = base_of(adapter, base), usual_dtype(None), _quantised(adapter)
+    model, tokenizer = models.load(name, labels=labels, dtype=dtype, quantise=kept)
+    return at_hand(model), tokenizer, load(model, adapter)
 
 
 def _quantised(adapter: Path) -> models.Quantise:

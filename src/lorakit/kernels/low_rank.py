@@ -59,9 +59,9 @@ class _LowRankLinear(torch.autograd.Function):
         x_TI, y_TO = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         small_RI, lift_RO = a_RI.to(y.dtype), (b_OR * scale).to(y.dtype).T.contiguous()
         low_TR = _add_low_rank(y_TO, x_TI, small_RI, lift_RO)
-        remade = recipe(x)
-        ctx.save_for_backward(low_TR, weight_OI, small_RI, lift_RO, *remade.tensors)
-        ctx.remade, ctx.scale, ctx.dtypes = remade.make, scale, (a_RI.dtype, b_OR.dtype)
+        ctx.remade, made_of = recipe(x)
+        ctx.save_for_backward(low_TR, weight_OI, small_RI, lift_RO, *made_of)
+        ctx.scale, ctx.dtypes = scale, (a_RI.dtype, b_OR.dtype)
         ctx.mark_dirty(y)
         return y
 

@@ -14,34 +14,40 @@ from torch import Tensor
 _ATTRIBUTE = "_lorakit_remade"
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A function and the tensors that it makes one from."""
+@dataclass(slots=True)
+class Remaker:
+    """Makes a tensor again of what was saved; it holds nothing that checkpoints are to let go of."""
 
     make: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
+    readers: int = 0  # that are going to ask for it in backward
+    made: Tensor | None = None
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        return self.make(*tensors)
+        """Make it for the first reader, and keep it until the last has had it."""
+        found = self.make(*tensors) if self.made is None else self.made
+        self.readers -= 1
+        self.made = found if self.readers > 0 else None
+        return found
 
 
 def remember(made: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Note on a tensor how it was made of others (detached); gives the tensor."""
-    setattr(made, _ATTRIBUTE, Recipe(make, tensors))
+    setattr(made, _ATTRIBUTE, (Remaker(make), tensors))
     return made
 
 
-def recipe(x: Tensor) -> Recipe:
-    """How to have `x` in backward: made again where that was noted, else kept.
+def recipe(x: Tensor) -> tuple[Remaker, tuple[Tensor, ...]]:
+    """How one more reader has `x` in backward: made again where that was noted, else kept; and what to save for it.
 
     >>> import torch
     >>> one = torch.ones(2)
     >>> two = remember(one + one, torch.add, one, one)
-    >>> len(recipe(one).tensors), len(recipe(two).tensors)
+    >>> len(recipe(one)[1]), len(recipe(two)[1])
     (1, 2)
     """
-    found: Recipe | None = getattr(x, _ATTRIBUTE, None)
-    return found or Recipe(_itself, (x,))
+    remaker, tensors = getattr(x, _ATTRIBUTE, None) or (Remaker(_itself), (x,))
+    remaker.readers += 1
+    return remaker, tensors
 
 
 def _itself(x: Tensor) -> Tensor:

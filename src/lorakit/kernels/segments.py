@@ -166,7 +166,9 @@ def _attend(piece: _Piece, q: Tensor, k: Tensor, v: Tensor, scale: float | None,
 
 
 def _taken(x: Tensor, where: Tensor | slice) -> Tensor:
-    return x[where] if isinstance(where, slice) else x.index_select(0, where)
+    if not isinstance(where, slice):
+        return x.index_select(0, where)
+    return x if where == slice(0, len(x)) else x[where]
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from lorakit.data import Data
 from lorakit.errors import BadMethod
 from lorakit.models import Quantise
 from lorakit.reproduce.calibration import gathered
-from lorakit.reproduce.run import feed, prepare
+from lorakit.reproduce.run import Dtype, feed, prepare
 from lorakit.train import Train
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class Question:
     rank: int = 8  # the largest rank of one site
     calibrate_on: int = 256  # training examples to look at
     quantise: Quantise = "none"  # keep the base's layers in 8 or 4 bits, or a GGUF file's as they are
+    dtype: Dtype = "auto"  # of the base; auto: bfloat16 on a GPU, float32 on a CPU
     train: Train = field(default_factory=Train)  # batch size, seed and length of the examples
 
 

@@ -20,8 +20,9 @@ from lorakit.data import Data, Example, open_data
 from lorakit.errors import OutputExists
 from lorakit.evaluate import generate_texts, label_scores
 from lorakit.methods import DEFAULT
-from lorakit.reproduce.run import RESULTS, Outcome, Run, Wrap, adapt, as_json
+from lorakit.reproduce.run import RESULTS, Outcome, Run, Wrap, adapt, as_json, at_hand
 from lorakit.train import Train, draw
+from lorakit.train.machine import usual_dtype
 
 BASE = "smollm2-135m"
 LABELLER, WRITER = "reviews", "writer"
@@ -76,13 +77,13 @@ def begin(out: str | Path, *, quick: bool = False) -> Demo:
     folder = Path(out)
     if folder.exists() and not _is_free(folder):
         raise OutputExists(f"{folder} is, or holds, something that is not a demo's; name another folder with --out")
-    model, tokenizer = models.load(BASE)
+    model, tokenizer = models.load(BASE, dtype=usual_dtype(None))
     for name in (LABELLER, WRITER):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     write_files(folder, {RESULTS: as_json({"demo": "not finished"})})
-    return Demo(model, tokenizer, folder, QUICK if quick else FULL, quick)
+    return Demo(at_hand(model), tokenizer, folder, QUICK if quick else FULL, quick)
 
 
 def _is_free(place: Path) -> bool:
@@ -137,7 +138,7 @@ def mixed(demo: Demo, example: Example) -> list[tuple[str | None, str, str]]:
 
 def merging(demo: Demo, example: Example) -> dict[str, Any]:
     """Fold the first adapter in and out: largest logit difference, the original bits, milliseconds a token."""
-    model, ids = demo.model, demo.tokenizer(example.context, return_tensors="pt").input_ids
+    model, ids = demo.model, demo.tokenizer(example.context, return_tensors="pt").input_ids.to(demo.model.device)
     lk.use(model, LABELLER)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():

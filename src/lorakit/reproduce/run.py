@@ -29,7 +29,7 @@ from lorakit.train import Feed, Step, Train, draw, heads, run
 from lorakit.train.best import best, evaluated, keep_best
 from lorakit.train.distributed import here
 from lorakit.train.forecast import Forecast
-from lorakit.train.machine import machine
+from lorakit.train.machine import machine, usual_dtype
 from lorakit.train.metrics import read as read_metrics
 from lorakit.train.planner import Lengths, plan
 from lorakit.train.settings import check
@@ -44,6 +44,7 @@ PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 Wrap = Callable[[Iterator[Step]], Iterator[Step]]
 Known = dict[Evaluate, Mapping[str, Any]]  # what a base measured, by the settings of the measurement
 Keep = Literal["last", "best"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Run:
     evaluate: Evaluate = field(default_factory=Evaluate)  # what to measure before and after
     keep: Keep = "last"  # which state is saved: the last, or that of the lowest held-out loss
     quantise: models.Quantise = "none"  # keep the base's layers in 8 or 4 bits, or a GGUF file's as they are
+    dtype: Dtype = "auto"  # of the base; auto: bfloat16 on a GPU, float32 on a CPU
     track: To = "none"  # a service that shows the run while it goes on, under the name of its folder
     calibrate_on: int = 256  # training examples for methods and initialisations that start from data
 
@@ -267,18 +269,28 @@ class Declared(Protocol):
     @property
     def quantise(self) -> models.Quantise: ...
     @property
+    def dtype(self) -> Dtype: ...
+    @property
     def train(self) -> Train: ...
 
 
 def prepare(run_: Declared) -> tuple[Any, Any, Dataset]:
     """The base, its tokenizer and the data; a base that writes no text gets a classification head for the labels."""
+    dtype = usual_dtype(None) if run_.dtype == "auto" else getattr(torch, run_.dtype)
     if models.writes(run_.base):
-        model, tokenizer = models.load(run_.base, quantise=run_.quantise)
-        return model, tokenizer, open_data(run_.data, tokenizer)
+        model, tokenizer = models.load(run_.base, dtype=dtype, quantise=run_.quantise)
+        return at_hand(model), tokenizer, open_data(run_.data, tokenizer)
     data = open_data(run_.data)
     if not data.labels:
         raise BadMethod(f"{run_.base} writes no text, so it can only classify; give data with a label column")
-    return *models.load(run_.base, labels=len(data.labels), seed=run_.train.seed, quantise=run_.quantise), data
+    labels, seed = len(data.labels), run_.train.seed
+    model, tokenizer = models.load(run_.base, dtype=dtype, quantise=run_.quantise, labels=labels, seed=seed)
+    return at_hand(model), tokenizer, data
+
+
+def at_hand(model: Any) -> Any:
+    """The model, on a GPU where there is one; of several processes each decides when it joins the others."""
+    return model.to("cuda") if torch.cuda.is_available() and here().size == 1 else model
 
 
 def with_head(model: Any, method: Method) -> Method:
