@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorakit.core.packing import divide, pack
+from lorakit.kernels import short_attention
 from lorakit.kernels.segments import Segment, Segments, segment_attention
 
 
@@ -78,9 +79,13 @@ def test_parts_hold_every_example_once_and_no_more_than_they_may(most: int) -> N
     assert all(len(part) == 1 or sum(len(pairs[number].ids) for number in part) <= most for part in parts)
 
 
+@pytest.mark.parametrize("longest", [0, 160])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("seed", range(6))
-def test_segments_attend_as_they_would_alone(seed: int, heads: tuple[int, int]) -> None:
+def test_segments_attend_as_they_would_alone(
+    seed: int, heads: tuple[int, int], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_attention, "LONGEST", longest)  # 0: SDPA
     line = pack(drawn(seed, longest=30))
     torch.manual_seed(seed)
     tokens = len(line.ids_T)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.kernels.short_attention import fits, short_attention
+
 _CPU = torch.device("cpu")
 _LEAST_FILLED = 0.7  # a piece takes segments of at least this share of its longest
 
@@ -54,12 +56,16 @@ class _Piece:
     keys: int
     own: Tensor | slice  # places of the queries (S Q): a slice where they lie one after another
     seen: Tensor | slice  # places of the keys (S K)
-    mask_S1QK: Tensor | None  # None: plainly causal
+    mask_SQK: Tensor  # added to the scores: -inf where nothing is seen; one for all segments that see themselves alone
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether each segment sees itself alone."""
+        return len(self.mask_SQK) == 1 and self.queries == self.keys
 
     def to(self, device: torch.device) -> _Piece:
         own, seen = (place if isinstance(place, slice) else place.to(device) for place in (self.own, self.seen))
-        mask = None if self.mask_S1QK is None else self.mask_S1QK.to(device)
-        return _Piece(self.segments, self.queries, self.keys, own, seen, mask)
+        return _Piece(self.segments, self.queries, self.keys, own, seen, self.mask_SQK.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +129,9 @@ def segment_attention(
 ) -> Tensor:
     """softmax(scale q kᵀ) v inside each segment and over what it sees; grouped key heads as in SDPA.
 
-    On a CPU segments of about one length go through SDPA together. On CUDA `torch.nn.attention.varlen` reads the line
-    as it is, where it knows the dtype (float16, bfloat16) and no dropout is asked for.
+    On a CPU segments of about one length go together, through SDPA or, where they are short, through batched products.
+    On CUDA `torch.nn.attention.varlen` reads the line as it is, where it knows the dtype (float16, bfloat16) and no
+    dropout is asked for.
 
     Args:
         q_THD: queries (T, heads, width).
@@ -158,10 +165,13 @@ def _attend(piece: _Piece, q: Tensor, k: Tensor, v: Tensor, scale: float | None,
             (v, piece.seen, piece.keys),
         )
     )
-    causal, grouped = piece.mask_S1QK is None, q.shape[1] != k.shape[1]
-    out_SHQD = F.scaled_dot_product_attention(
-        q_SHQD, k_SHKD, v_SHKD, piece.mask_S1QK, dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    if fits(q, piece.keys, dropout):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out_SHQD = short_attention(q_SHQD, k_SHKD, v_SHKD, piece.mask_SQK, scale)
+    else:
+        mask = None if piece.is_causal else piece.mask_SQK[:, None].to(q.dtype)
+        how = {"is_causal": piece.is_causal, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        out_SHQD = F.scaled_dot_product_attention(q_SHQD, k_SHKD, v_SHKD, mask, dropout, **how)  # type: ignore[arg-type]
     return out_SHQD.transpose(1, 2).reshape(-1, *out_SHQD.shape[1::2])
 
 
@@ -205,7 +215,7 @@ def _piece(part: Sequence[Segment]) -> _Piece:
     in_a_row = in_a_row and all(b.start == a.stop for a, b in pairwise(part))
     if in_a_row:
         run = slice(part[0].start, part[-1].stop)
-        return _Piece(len(part), queries, keys, run, run, None)
+        return _Piece(len(part), queries, keys, run, run, _mask(part, queries, keys))
     own = torch.tensor([_padded(list(range(s.start, s.stop)), queries) for s in part]).flatten()
     seen = torch.tensor([_padded(s.places(), keys) for s in part]).flatten()
     return _Piece(len(part), queries, keys, own, seen, _mask(part, queries, keys))
@@ -215,10 +225,8 @@ def _padded(places: list[int], length: int) -> list[int]:
     return places + [places[-1]] * (length - len(places))
 
 
-def _mask(part: Sequence[Segment], queries: int, keys: int) -> Tensor | None:
-    """Who sees whom (S, 1, Q, K): query i sees keys up to i + (its keys − its queries), and so never the padding."""
-    if not any(s.sees for s in part):
-        return None
-    before_S = torch.tensor([s.keys - s.queries for s in part])
+def _mask(part: Sequence[Segment], queries: int, keys: int) -> Tensor:
+    """Query i sees keys up to i + (its keys − its queries), and so never the padding: 0 there, -inf beyond."""
+    before_S = torch.tensor([s.keys - s.queries for s in part]) if any(s.sees for s in part) else torch.tensor([0])
     last_SQ = before_S[:, None] + torch.arange(queries)
-    return (torch.arange(keys) <= last_SQ[:, :, None])[:, None]
+    return torch.where(torch.arange(keys) <= last_SQ[:, :, None], 0.0, float("-inf"))
