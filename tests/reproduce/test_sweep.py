@@ -272,10 +272,10 @@ def test_a_cluster_leaves_the_same(ray: Any, declared: Run, tmp_path: Path) -> N
 @pytest.mark.filterwarnings("ignore")
 def test_ctrl_c_reaches_the_cluster(ray: Any, declared: Run) -> None:
     declared = replace(declared, train=Train(steps=100_000, batch_size=4))
-    steps = Path(declared.out) / "seed=0" / "metrics.jsonl"
+    steps = [Path(declared.out) / name / "metrics.jsonl" for name in ("seed=0", "seed=1")]
 
     def press() -> None:
-        while not steps.exists():
+        while not all(path.exists() for path in steps):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -8,6 +8,7 @@ import torch
 
 import lorakit as lk
 from lorakit import train
+from lorakit.errors import BadModel
 from lorakit.kernels import cross_entropy
 from lorakit.train import Train, head
 from lorakit.train.loss import loss_for
@@ -79,6 +80,13 @@ def tiny_of(family: str) -> Any:
     config = AutoConfig.for_model(family, **sizes, num_attention_heads=4, **CAPPED[family])
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_an_encoder_with_a_decoder_is_refused_in_a_sentence() -> None:
+    model = tiny("t5")
+    lk.attach(model, lk.LoRA(rank=2), name="a")
+    with pytest.raises(BadModel, match="reads by an encoder and writes by a decoder"):
+        next(train.run(model, feed(examples(6)), Train(steps=1), name="a"))
 
 
 def test_a_bfloat16_model_trains() -> None:

@@ -163,6 +163,7 @@ def test_compiled_blocks_train_the_same_and_are_not_compiled_afterwards(monkeypa
 def test_inductor_compiles_a_few_times_however_batches_differ() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
+    torch._dynamo.reset()  # other tests compile the same code for other models
     counter, real = CompileCounterWithBackend("inductor"), torch.compile
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "compile", lambda call: real(call, backend=counter))

@@ -52,6 +52,16 @@ def _launch(kernel: Any, x_TH: Tensor, *arguments: Any) -> None:
 
 
 @triton.jit
+def _places(tokens: tl.tensor, width: tl.tensor, tile: tl.constexpr) -> Any:
+    """The rows and columns of this program, and which of them there are."""
+    ROWS: tl.constexpr = tile[0]
+    BLOCK: tl.constexpr = tile[1]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    return row, column, (row < tokens) & (column < width)
+
+
+@triton.jit
 def _normed(
     x: tl.tensor,
     weight: tl.tensor,
@@ -63,11 +73,7 @@ def _normed(
 ) -> None:
     """Without eps, the inverse root is read and not made."""
     tokens, width, stride = sizes
-    ROWS: tl.constexpr = tile[0]
-    BLOCK: tl.constexpr = tile[1]
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < tokens) & (column < width)
+    row, column, inside = _places(tokens, width, tile)
     x_TH = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     weight_H = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     if eps is None:
@@ -90,11 +96,7 @@ def _gradient(
     tile: tl.constexpr,
 ) -> None:
     tokens, width, stride, gradient_stride = sizes
-    ROWS: tl.constexpr = tile[0]
-    BLOCK: tl.constexpr = tile[1]
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < tokens) & (column < width)
+    row, column, inside = _places(tokens, width, tile)
     x_TH = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     weight_H = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     weighted_TH = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32) * weight_H

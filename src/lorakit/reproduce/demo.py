@@ -20,7 +20,7 @@ from lorakit.data import Data, Example, open_data
 from lorakit.errors import OutputExists
 from lorakit.evaluate import generate_texts, label_scores
 from lorakit.methods import DEFAULT
-from lorakit.reproduce.run import RESULTS, Outcome, Run, Wrap, adapt, as_json, at_hand
+from lorakit.reproduce.run import RESULTS, Outcome, Run, Wrap, adapting, as_json, at_hand, finished
 from lorakit.train import Train, draw
 from lorakit.train.machine import usual_dtype
 
@@ -98,7 +98,7 @@ def label(demo: Demo, wrap: Wrap) -> Outcome:
     """Train the first adapter: is a review negative or positive?"""
     data = Data(source="reviews", train_examples=demo.sizes.train, test_examples=demo.sizes.test)
     run = Run(base=BASE, data=data, out=str(demo.out / LABELLER), train=demo.sizes.training)
-    return adapt(demo.model, demo.tokenizer, open_data(data), run, wrap=wrap)
+    return finished(adapting(demo.model, demo.tokenizer, open_data(data), run, wrap=wrap))
 
 
 def write(demo: Demo, wrap: Wrap) -> Outcome:
@@ -106,7 +106,7 @@ def write(demo: Demo, wrap: Wrap) -> Outcome:
     data = Data(source="reviews-writer", train_examples=demo.sizes.writer_train, test_examples=1)
     method, train = DEFAULT(targets=("linear",)), Train(learning_rate=2e-3)
     run = Run(base=BASE, data=data, out=str(demo.out / WRITER), method=method, train=train)
-    return adapt(demo.model, demo.tokenizer, replace(open_data(data), test=[]), run, wrap=wrap)
+    return finished(adapting(demo.model, demo.tokenizer, replace(open_data(data), test=[]), run, wrap=wrap))
 
 
 def written(demo: Demo) -> list[Review]:

@@ -89,7 +89,7 @@ class Outcome:
 
 
 def carry_out(run_: Run, *, resume: bool = False, wrap: Wrap = lambda steps: steps) -> Outcome:
-    """Load base and data, and `adapt`.
+    """Load base and data, and take all steps of `adapting`.
 
     Args:
         run_: the declaration.
@@ -100,7 +100,7 @@ def carry_out(run_: Run, *, resume: bool = False, wrap: Wrap = lambda steps: ste
         LorakitError: anything in the declaration that cannot be done; nothing is half-written.
     """
     require(run_.track)
-    return adapt(*prepare(run_), run_, resume=resume, wrap=wrap)
+    return finished(adapting(*prepare(run_), run_, resume=resume, wrap=wrap))
 
 
 @dataclass(frozen=True)
@@ -151,28 +151,6 @@ def fitted(made: Ready, run_: Run) -> Train:
     return replace(settings, checkpointing=choice.checkpointing, forward_tokens=max(choice.forward_tokens, 1))
 
 
-def adapt(
-    model: Any,
-    tokenizer: Any,
-    data: Dataset,
-    run_: Run,
-    *,
-    resume: bool = False,
-    wrap: Wrap = lambda steps: steps,
-) -> Outcome:
-    """Attach, measure, train, save adapter and loss curve in `out`, measure again and write the results there.
-
-    Where the data has no test examples, nothing is measured. A finished run that is resumed keeps its results. Of
-    several processes all train and measure, and the first writes.
-    """
-    steps = adapting(model, tokenizer, data, run_, resume=resume, wrap=wrap)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return cast(Outcome, end.value)
-
-
 def adapting(
     model: Any,
     tokenizer: Any,
@@ -183,7 +161,12 @@ def adapting(
     wrap: Wrap = lambda steps: steps,
     known: Known | None = None,
 ) -> Generator[Step, None, Outcome]:
-    """`adapt`, one step at a time, so that several runs can take turns; what the base measures is noted in `known`."""
+    """Attach, measure, train, save adapter and loss curve in `out`, measure again and write the results there.
+
+    One step at a time, so that several runs can take turns; `finished` takes all. Where the data has no test examples,
+    nothing is measured; what the base measures is noted in `known`. A finished run that is resumed keeps its results.
+    Of several processes all train and measure, and the first writes.
+    """
     known = {} if known is None else known
     made, out, world = ready(model, tokenizer, data, run_), Path(run_.out), here()
     settings, evaluate = world.told(fitted(made, run_)), _evaluation(made, run_)
@@ -204,6 +187,15 @@ def adapting(
         measured = {**known.get(run_.evaluate, {}), **after}
         results = world.told(_concluded(made, run_, measured) if world.is_first else {})
     return Outcome(model, tokenizer, data, made.name, results)
+
+
+def finished(steps: Generator[Step, None, Outcome]) -> Outcome:
+    """Take all steps of a run; gives what came of it."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(Outcome, end.value)
 
 
 def _concluded(made: Ready, run_: Run, measured: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,11 @@ def loss_for(model: Any, feed: Feed, settings: Train, *, inserts: bool = False) 
     """The loss that fits the model; `inserts` says that its method puts places of its own into a sequence.
 
     Raises:
-        BadModel: the model has neither a language-model head nor classes to learn.
+        BadModel: the model has neither a language-model head nor classes to learn, or it is an encoder with a decoder.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise BadModel(f"{_kind(model)} reads by an encoder and writes by a decoder, which this loop does "
+                       "not train; take a causal model, or transformers' Trainer with lorakit's callback")  # fmt: skip
     examples = [feed.examples[number] for number in feed.epoch(0, settings)[0]]
     rows = partial(padded.portions, feed)
     if model.get_output_embeddings() is None:
