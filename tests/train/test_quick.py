@@ -11,6 +11,7 @@ from torch import nn
 
 import lorakit as lk
 from lorakit import train
+from lorakit.core.layouts import LinearLayout, layout_of
 from lorakit.methods.lora import LowRank
 from lorakit.train import Train
 from lorakit.train.quick import Quick
@@ -52,12 +53,14 @@ def moved(family: str, targets: tuple[str, ...] = ("linear",), **fields: Any) ->
 @pytest.mark.parametrize("family", TWINS)
 def test_twins_give_the_models_loss_and_gradients(family: str) -> None:
     model = moved(family)
+    quick = Quick.of(model)
+    linear = [module for module in model.modules() if isinstance(layout_of(module), LinearLayout)]
+    twins = [module for module, _ in quick.twins]
+    assert [module for module in linear if module not in twins] == []
+    assert len(twins) - len(linear) == TWINS[family]
     if family == "bert":
-        assert not Quick.of(model).twins
         return
     wanted = loss_and_gradients(model)
-    quick = Quick.of(model)
-    assert len(quick.twins) == TWINS[family]
     with quick.on():
         found = loss_and_gradients(model)
     assert torch.allclose(found[0], wanted[0], rtol=1e-5)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorakit.kernels.product import along_last
+
 
 @dataclass(frozen=True)
 class Packing(ABC):
@@ -115,13 +117,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, packing: Packing, codes: Tensor, *parts: Tensor) -> Tensor:
         ctx.packing = packing
         ctx.save_for_backward(codes, *parts)
-        return F.linear(x, packing.unpack(codes, parts, x.dtype))
+        return along_last(x, packing.unpack(codes, parts, x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         codes, *parts = ctx.saved_tensors
-        gradient_x = gradient @ ctx.packing.unpack(codes, tuple(parts), gradient.dtype)
+        gradient_x = along_last(gradient, ctx.packing.unpack(codes, tuple(parts), gradient.dtype).T)
         return gradient_x, None, None, *(None for _ in parts)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.kernels import launch
+from lorakit.kernels.product import product
 
 CHUNK_ROWS = 256  # on a CPU fewer rows run at half the speed; more cost memory and gain nothing
 
@@ -48,17 +49,19 @@ def linear_cross_entropy(
     wide = torch.promote_types(hidden_NH.dtype, torch.float32)
     gradient_NH, summed = torch.empty_like(hidden_NH), hidden_NH.new_zeros((), dtype=wide)
     rows = min(CHUNK_ROWS, max(len(hidden_NH), 1))
-    room_CV = hidden_NH.new_empty(rows, len(weight_VH))
     for start in range(0, len(hidden_NH), rows):
-        part, targets = slice(start, start + rows), targets_N[start : start + rows]
-        logits = room_CV[: len(targets)]
-        torch.mm(hidden_NH[part], weight_VH.T, out=logits)
-        if bias_V is not None:
-            logits += bias_V
-        loss, p = _softmax_minus_targets(logits, targets, smoothing)
+        part = slice(start, start + rows)
+        loss, gradient_NH[part] = _chunk(hidden_NH[part], weight_VH, bias_V, targets_N[part], smoothing)
         summed += loss
-        torch.mm(p.to(weight_VH.dtype), weight_VH, out=gradient_NH[part])
     return summed, gradient_NH.mul_(scale)
+
+
+def _chunk(
+    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_C: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, and (p − t) W."""
+    loss, p_CV = _softmax_minus_targets(product(hidden_CH, weight_VH, bias_V), targets_C, smoothing)
+    return loss, product(p_CV.to(weight_VH.dtype), weight_VH.T)
 
 
 def _softmax_minus_targets(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import launch
+from lorakit.kernels.product import product
 from lorakit.kernels.remade import recipe
 
 
@@ -46,7 +47,7 @@ def _add_low_rank(y_TO: Tensor, x_TI: Tensor, down_RI: Tensor, up_RO: Tensor) ->
 
         if triton_low_rank.fits(y_TO, x_TI, down_RI, up_RO):
             return triton_low_rank.add_low_rank(y_TO, x_TI, down_RI, up_RO)
-    low_TR = x_TI @ down_RI.T
+    low_TR = product(x_TI, down_RI)
     y_TO.addmm_(low_TR, up_RO)
     return low_TR
 
@@ -73,12 +74,13 @@ class _LowRankLinear(torch.autograd.Function):
         g_TO = gradient.reshape(-1, gradient.shape[-1])
         g_x = g_a = g_b = None
         if wants_x:
-            g_x_TI = g_TO @ weight_OI
+            g_x_TI = product(g_TO, weight_OI.T)
             g_TR, g_x = _add_low_rank(g_x_TI, g_TO, lift_RO, small_RI), g_x_TI.view(*gradient.shape[:-1], -1)
         else:
-            g_TR = g_TO @ lift_RO.T
+            g_TR = product(g_TO, lift_RO)
         if wants_a:
-            g_a = (g_TR.T @ ctx.remade(*made_of).reshape(-1, small_RI.shape[1])).to(ctx.dtypes[0])
+            x_TI = ctx.remade(*made_of).reshape(-1, small_RI.shape[1])
+            g_a = product(g_TR.T, x_TI.T).to(ctx.dtypes[0])
         if wants_b:
-            g_b = (low_TR.T @ g_TO).T.to(ctx.dtypes[1], copy=False) * ctx.scale
+            g_b = product(low_TR.T, g_TO.T).T.to(ctx.dtypes[1]) * ctx.scale
         return g_x, None, None, g_a, g_b, None

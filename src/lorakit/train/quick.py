@@ -15,8 +15,10 @@ from typing import Any, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from lorakit.core.layouts import layout_of
-from lorakit.core.sites import ADAPTERS, sites_of
+from lorakit.core.layouts import LinearLayout, layout_of
+from lorakit.core.quick import fits_one_step
+from lorakit.core.sites import sites_of
+from lorakit.kernels import product
 from lorakit.kernels.gated import Activation, gated
 from lorakit.kernels.norm import rms_norm
 from lorakit.train.settings import Train
@@ -40,7 +42,7 @@ class Quick:
         if compile:
             blocks = [model.get_submodule(site.path) for site in sites_of(model) if site.role == "block"]
             return cls((), tuple((block, torch.compile(block._call_impl)) for block in blocks))
-        found = [(module, twin) for module in model.modules() if (twin := _norm_twin(module)) is not None]
+        found = [(m, twin) for m in model.modules() if (twin := _norm_twin(m) or _linear_twin(m))]
         gates = [(parent, _gate_twins(*parts)) for parent, parts in _gated_parents(model)]
         found += [(parent, twin) for parent, twins in gates if (twin := _first_equal(parent, twins)) is not None]
         return cls(tuple(found))
@@ -89,6 +91,21 @@ def _norm(weight_H: Tensor, eps: float, offset: float, x: Tensor) -> Tensor:
     return rms_norm(x, weight_H + offset if offset else weight_H, eps)
 
 
+def _linear_twin(module: nn.Module) -> Forward | None:
+    """The twin of a frozen linear layer, where there is a faster product than PyTorch's choice."""
+    layout, weight = layout_of(module), module._parameters.get("weight")
+    if weight is None or not isinstance(layout, LinearLayout) or not product.takes(weight) or weight.requires_grad:
+        return None
+    return None if "forward" in module.__dict__ else _first_equal(module, [partial(_linear, module, layout)])
+
+
+def _linear(module: nn.Module, layout: LinearLayout, x: Tensor) -> Tensor:
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]  # the weight, a bias
+    if not product.takes(x, *own) or any(p.requires_grad for p in own) or not fits_one_step(x, x):
+        return cast(Tensor, type(module).forward(module, x))
+    return product.frozen_linear(x, layout.matrix(own[0]), *own[1:])
+
+
 def _gated_parents(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Modules with one gate, one up and one down layer of their own, and these."""
     found: dict[str, dict[str, nn.Module]] = {}
@@ -113,14 +130,14 @@ def _first_equal(module: nn.Module, twins: list[Forward]) -> Forward | None:
     """The first twin whose output and gradient are the module's."""
     held = chain(module.parameters(), module.buffers())  # a quantised layer's parameters are codes
     like = next((tensor for tensor in held if tensor.is_floating_point()), None)
-    if like is None or like.is_meta or ADAPTERS in module._modules:
+    if like is None or like.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
     layout = next((found for child in module.modules() if (found := layout_of(child)) is not None), None)
     width = like.shape[-1] if layout is None else layout.in_features
     x = torch.randn(3, width, generator=generator).to(like)
     try:
-        wanted = _tried(module, x)
+        wanted = _tried(module.forward, x)
     except Exception:  # it takes more than one tensor, or no such tensor
         return None
     return next((twin for twin in twins if _equal(_tried(twin, x), wanted)), None)
