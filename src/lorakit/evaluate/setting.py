@@ -11,6 +11,7 @@ from torch import nn
 
 from lorakit.core.mode import mode
 from lorakit.core.routing import What, use
+from lorakit.core.twins import Quick
 from lorakit.errors import BadModel
 
 Result = TypeVar("Result")
@@ -18,8 +19,8 @@ Result = TypeVar("Result")
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; each module is put back into its own mode afterwards."""
-    with mode(model, training=False), torch.no_grad():
+    """No gradients, no dropout, faster products; each module is put back into its own mode afterwards."""
+    with mode(model, training=False), Quick.products(model).on(), torch.no_grad():
         yield
 
 

@@ -18,6 +18,7 @@ from lorakit.core.mode import mode
 from lorakit.core.routing import use
 from lorakit.core.state import adapter_buffers, attached_to
 from lorakit.core.stepping import rest
+from lorakit.core.twins import Quick
 from lorakit.errors import BadMethod, Diverged, Interrupted, LorakitError, OutOfMemory
 from lorakit.train import checkpoint
 from lorakit.train.best import Evaluated, counted, why_over
@@ -29,7 +30,6 @@ from lorakit.train.loss import loss_for
 from lorakit.train.memory import Appetite
 from lorakit.train.optimiser import optimizer_for, trained_in
 from lorakit.train.portions import Loss
-from lorakit.train.quick import Quick
 from lorakit.train.settings import Step, Train
 from lorakit.train.stepper import Stepper
 from lorakit.train.surroundings import held_interrupt

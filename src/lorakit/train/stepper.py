@@ -20,13 +20,14 @@ from lorakit.core.mode import mode
 from lorakit.core.routing import use
 from lorakit.core.state import idle
 from lorakit.core.stepping import after_step, before_step, penalty
+from lorakit.core.twins import Quick
 from lorakit.errors import BadData, Diverged, NeverActed, OutOfMemory
 from lorakit.train.blame import first_bad
 from lorakit.train.distributed import World
 from lorakit.train.feed import Feed, Numbers
 from lorakit.train.memory import Appetite, is_out_of_memory
 from lorakit.train.portions import Loss, Portion
-from lorakit.train.quick import Quick, recomputed
+from lorakit.train.recompute import recomputed
 from lorakit.train.settings import Step, Train, learning_rate
 from lorakit.train.surroundings import seeded
 

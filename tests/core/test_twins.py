@@ -12,9 +12,9 @@ from torch import nn
 import lorakit as lk
 from lorakit import train
 from lorakit.core.layouts import LinearLayout, layout_of
+from lorakit.core.twins import Quick
 from lorakit.methods.lora import LowRank
 from lorakit.train import Train
-from lorakit.train.quick import Quick
 from tests.tiny import tiny
 from tests.train.small import adapted, feed
 

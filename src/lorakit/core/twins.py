@@ -1,6 +1,7 @@
-"""Faster twins of a model's own modules, in their place while a step runs, and nowhere else.
+"""Faster twins of a model's own modules, in their place inside a block, and nowhere else.
 
-A twin is tried on random numbers first: it stands in only where its output and its gradient are those of the module.
+The twin of a norm or of a gated layer is tried on random numbers first: it stands in only where its output and its
+gradient are those of the module. A linear layer is known by its own code.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from lorakit.core.sites import sites_of
 from lorakit.kernels import product
 from lorakit.kernels.gated import Activation, gated
 from lorakit.kernels.norm import rms_norm
-from lorakit.train.settings import Train
 
 _GATED = ("mlp.gate", "mlp.up", "mlp.down")
 _EPS = ("variance_epsilon", "eps", "epsilon")
@@ -47,6 +47,11 @@ class Quick:
         found += [(parent, twin) for parent, twins in gates if (twin := _first_equal(parent, twins)) is not None]
         return cls(tuple(found))
 
+    @classmethod
+    def products(cls, model: nn.Module) -> Self:
+        """The twins of linear layers alone, which need not be tried."""
+        return cls(tuple((module, twin) for module in model.modules() if (twin := _linear_twin(module))))
+
     @contextmanager
     def on(self) -> Iterator[None]:
         """Let the twins stand in."""
@@ -64,20 +69,6 @@ class Quick:
                 module.__dict__.pop("forward", None)
 
 
-@contextmanager
-def recomputed(model: Any, settings: Train) -> Iterator[None]:
-    """Keep the inputs of blocks alone, and compute the rest again, where the settings say so and the model does not."""
-    if settings.checkpointing == "none" or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        yield
-        return
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
-    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(model, f"{kind}_checkpointing_disable")()
-
-
 def _norm_twin(module: nn.Module) -> Forward | None:
     """The twin of a norm: of a module with one frozen vector and a small number beside it."""
     weight, eps = module._parameters.get("weight"), next((vars(module)[e] for e in _EPS if e in vars(module)), None)
@@ -92,18 +83,21 @@ def _norm(weight_H: Tensor, eps: float, offset: float, x: Tensor) -> Tensor:
 
 
 def _linear_twin(module: nn.Module) -> Forward | None:
-    """The twin of a frozen linear layer, where there is a faster product than PyTorch's choice."""
+    """The twin of a linear layer, where there is a faster product than PyTorch's choice."""
     layout, weight = layout_of(module), module._parameters.get("weight")
-    if weight is None or not isinstance(layout, LinearLayout) or not product.takes(weight) or weight.requires_grad:
+    if weight is None or not isinstance(layout, LinearLayout) or not product.takes(weight):
         return None
-    return None if "forward" in module.__dict__ else _first_equal(module, [partial(_linear, module, layout)])
+    return None if "forward" in module.__dict__ else partial(_linear, module, layout)
 
 
 def _linear(module: nn.Module, layout: LinearLayout, x: Tensor) -> Tensor:
     own = [parameter for parameter in module._parameters.values() if parameter is not None]  # the weight, a bias
-    if not product.takes(x, *own) or any(p.requires_grad for p in own) or not fits_one_step(x, x):
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in own)
+    if trained or not product.takes(x, *own) or not fits_one_step(x, x):
         return cast(Tensor, type(module).forward(module, x))
-    return product.frozen_linear(x, layout.matrix(own[0]), *own[1:])
+    if torch.is_grad_enabled() and x.requires_grad:
+        return product.frozen_linear(x, layout.matrix(own[0]), *own[1:])
+    return product.along_last(x, layout.matrix(own[0]), *own[1:])
 
 
 def _gated_parents(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

@@ -1,0 +1,23 @@
+"""Blocks that keep their inputs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lorakit.train.settings import Train
+
+
+@contextmanager
+def recomputed(model: Any, settings: Train) -> Iterator[None]:
+    """Keep the inputs of blocks alone, and compute the rest again, where the settings say so and the model does not."""
+    if settings.checkpointing == "none" or any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        yield
+        return
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
