@@ -18,7 +18,7 @@ from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.models import load
 from lorakit.reproduce import run as module
 from lorakit.reproduce.run import Run, carry_out, feed
-from lorakit.train import Train
+from lorakit.train import Train, planner
 from tests.reproduce import small
 
 
@@ -125,7 +125,7 @@ def test_where_memory_does_not_suffice_passes_are_shorter_and_it_is_said(
     made = module.ready(*module.prepare(declared), declared)
     whole = module.forecast(made, declared)
     assert module.fitted(made, declared) is declared.train
-    monkeypatch.setattr(module, "machine", lambda *given: replace(whole.machine, memory_bytes=0))
+    monkeypatch.setattr(planner, "machine_named", lambda *given: replace(whole.machine, memory_bytes=0))
     with caplog.at_level(logging.WARNING):
         chosen = module.fitted(made, declared)
     assert chosen.checkpointing == "blocks" or chosen.forward_tokens < declared.train.batch_size * 20

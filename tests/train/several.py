@@ -7,6 +7,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ import lorakit as lk
 from lorakit import train
 from lorakit.core.method import Method
 from lorakit.core.state import adapter_tensors
+from lorakit.train import planner
 from lorakit.train.distributed import here, opened
 from tests.tiny import tiny
 from tests.train.small import SETTINGS, examples, feed
@@ -40,6 +43,7 @@ class Order:
     stop_after: int = 99
     signal: tuple[int, int, int] = (-1, -1, 0)  # a process, the step in which it gets a signal, and that
     most_tokens: int | None = None  # that fit into one forward pass of the second process
+    room_bytes: int | None = None  # on the device, beside the base
     nan_at: int | None = None  # a token that makes hidden states that are no numbers
     seeds: tuple[int, int] = (0, 0)  # of each process's examples
 
@@ -53,7 +57,8 @@ def carry_out(order: Order) -> None:
     settings, data = replace(SETTINGS, **order.settings), feed(examples(20, order.seeds[rank], order.labels))
     evaluations = ({"loss": 1.0 - rank * number} for number in itertools.count())  # not better in the first process
     told = {"out": order.out, "resume": order.resume, "evaluate": lambda: next(evaluations)}
-    steps = train.run(model, data, settings, name="a", **told)
+    with little_room(order.room_bytes):
+        steps = train.run(model, data, settings, name="a", **told)
     for step in steps:
         taken[0] = step.step
         if step.step == order.stop_after:
@@ -63,6 +68,18 @@ def carry_out(order: Order) -> None:
     save_file(tensors, Path(order.out) / f"rank-{rank}.safetensors", {"parameters": str(local)})
     if here().is_first:
         lk.save(model, "a", Path(order.out) / "adapter")
+
+
+@contextmanager
+def little_room(room_bytes: int | None) -> Iterator[None]:
+    """Let the planner find no more memory than this."""
+    found = planner.machine_named
+    if room_bytes is not None:
+        planner.machine_named = lambda *given: replace(found(*given), memory_bytes=room_bytes)
+    try:
+        yield
+    finally:
+        planner.machine_named = found
 
 
 def befall(order: Order, taken: list[int], module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:

@@ -38,6 +38,7 @@ ALONE = {"batch_size": 1, "accumulate": 1}  # one example a step, so that one of
 RUNS: dict[str, dict[str, Any]] = {
     "replicate": {},
     "shard": {"settings": {"sharding": "shard"}},
+    "no-room": {"room_bytes": 0},
     "replicate-alone": {"settings": ALONE},
     "shard-alone": {"settings": {**ALONE, "sharding": "shard"}},
     "shard-in-parts": {"settings": {"forward_tokens": 12, "checkpointing": "blocks", "sharding": "shard"}},
@@ -115,11 +116,12 @@ def test_two_processes_are_one(place: Path, name: str) -> None:
 
 def test_a_base_that_is_shared_out_is_held_in_parts(place: Path) -> None:
     held = {}
-    for name in ("replicate", "shard"):
+    for name in ("replicate", "shard", "no-room"):
         with safe_open(place / name / "rank-1.safetensors", "pt") as file:
             held[name] = int(file.metadata()["parameters"])
     matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)  # of two blocks: q, o; k, v; gate, up, down
     assert held["replicate"] - held["shard"] == matrices // 2
+    assert held["no-room"] == held["shard"]  # "auto" asks the planner
 
 
 def test_an_adapter_over_a_shared_base_is_the_same_file(place: Path) -> None:

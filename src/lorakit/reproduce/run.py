@@ -29,9 +29,9 @@ from lorakit.train import Feed, Step, Train, draw, heads, run
 from lorakit.train.best import best, evaluated, keep_best
 from lorakit.train.distributed import here
 from lorakit.train.forecast import Forecast
-from lorakit.train.machine import machine, usual_dtype
+from lorakit.train.machine import usual_dtype
 from lorakit.train.metrics import read as read_metrics
-from lorakit.train.planner import Lengths, plan
+from lorakit.train.planner import plan_attached
 from lorakit.train.settings import check
 from lorakit.train.track import To, require, track
 from lorakit.version import VERSION
@@ -131,20 +131,15 @@ def ready(model: Any, tokenizer: Any, data: Dataset, run_: Run) -> Ready:
 
 
 def forecast(made: Ready, run_: Run) -> Forecast:
-    """What the run is going to take here, where the base may be in the device's memory already."""
-    device, lengths = machine(None, made.model.dtype), Lengths.of(made.examples.examples)
-    held = lk.summary(made.model).base_bytes if made.model.device.type == device.device else 0
-    room = replace(device, memory_bytes=device.memory_bytes + held)
-    return plan(made.model, with_head(made.model, run_.method), run_.train, lengths, room)
+    """What the run is going to take here."""
+    return plan_attached(made.model, made.name, made.examples.examples, run_.train)
 
 
 def fitted(made: Ready, run_: Run) -> Train:
-    """The settings; with shorter passes, blocks computed again, or a base shared out, where memory does not suffice."""
+    """The settings; with shorter passes, or blocks computed again, where memory does not suffice."""
     choice, longest = forecast(made, run_).choice, max(len(example.ids) for example in made.examples.examples)
-    passes = min(run_.train.forward_tokens, run_.train.batch_size * longest)
     settings = run_.train
-    if settings.sharding == "auto" and here().size > 1:
-        settings = replace(settings, sharding="replicate" if choice.devices == 1 else "shard")
+    passes = min(settings.forward_tokens, settings.batch_size * longest)
     if choice.checkpointing == settings.checkpointing and choice.forward_tokens >= passes:
         return settings
     _log.warning(choice.why)

@@ -29,7 +29,6 @@ from lorakit.train.settings import LARGEST_SEED
 
 Sharding = Literal["auto", "replicate", "shard"]
 TIMEOUT_SECONDS = 600.0  # after which a process that does not answer counts as gone
-ROOM = 0.7  # share of a device's free memory that a copy of the base may take; activations want the rest
 _MOMENT_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -173,10 +172,10 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
-def join(model: Any, sharding: Sharding) -> World:
+def join(model: Any, sharding: Sharding, fits: Callable[[], bool]) -> World:
     """The processes that are to train this model together; unless it is to be shared out, it is moved to a GPU.
 
-    "auto" shares the base out where a copy would take more than `ROOM` of the free memory of one of the GPUs.
+    "auto" shares the base out where one of them says that the run does not fit on one device.
 
     Raises:
         BadModel: a base that is to be shared out and cannot be.
@@ -187,7 +186,7 @@ def join(model: Any, sharding: Sharding) -> World:
             _log.warning("sharding=shard has no other process to share the base with, so it stays whole")
         return world
     device = _device(model)
-    wanted = sharding == "shard" or (sharding == "auto" and not _fits(model, device))
+    wanted = sharding == "shard" or (sharding == "auto" and not fits())
     sharded = any(row[0] for row in world.gather([wanted]))
     if sharded:
         _blocks(model)  # refused before anything is changed
@@ -251,14 +250,6 @@ def _device(model: Any) -> torch.device:
     """The GPU of this process, for a model that is not on one yet."""
     on_gpu = torch.cuda.is_available() and model.device.type == "cpu"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else model.device
-
-
-def _fits(model: nn.Module, device: torch.device) -> bool:
-    """Whether a copy of the base leaves enough of the device; in the CPU's memory it is already."""
-    if device.type == "cpu" or next(model.parameters()).device == device:
-        return True
-    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return needed <= ROOM * torch.cuda.mem_get_info(device)[0]
 
 
 def _backend() -> str:

@@ -29,6 +29,7 @@ from lorakit.train.head import heads
 from lorakit.train.loss import loss_for
 from lorakit.train.memory import Appetite
 from lorakit.train.optimiser import optimizer_for, trained_in
+from lorakit.train.planner import plan_attached
 from lorakit.train.portions import Loss
 from lorakit.train.settings import Step, Train
 from lorakit.train.stepper import Stepper
@@ -239,7 +240,7 @@ class _Loop:
 def _loop(model: Any, feed: Feed, settings: Train, name: str) -> _Loop:
     trained = trained_in(model, name)
     steps, optimizer = feed.steps(settings), optimizer_for(model, name, trained, settings)
-    world = join(model, settings.sharding)
+    world = join(model, settings.sharding, lambda: plan_attached(model, name, feed.examples, settings).fits)
     with use(model, None), mode(model, training=False):
         quick = Quick.of(model, compile=settings.compile)  # before weights are shared out
     return _Loop(model, feed, settings, name, trained, steps, optimizer, quick, world)

@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,13 +16,14 @@ from lorakit.core.insertion import longest_insertion
 from lorakit.core.method import Method
 from lorakit.core.sites import ADAPTERS
 from lorakit.core.stack import longest_of
-from lorakit.core.state import Attached, deltas_of, state_or_new
+from lorakit.core.state import Attached, attached_to, deltas_of, state_or_new
 from lorakit.core.summary import FLOAT, Summary, summary
 from lorakit.train.arithmetic import Flops, flops, kept_per_token, shape_of_model
 from lorakit.train.feed import Encoded
 from lorakit.train.fitting import LEVELS, Need, Wanted, choose
 from lorakit.train.forecast import Bytes, Forecast
 from lorakit.train.machine import Machine
+from lorakit.train.machine import machine as machine_named
 from lorakit.train.probe import Kept, probe, skeleton
 from lorakit.train.settings import Train, check
 
@@ -123,6 +124,14 @@ def plan(
         step_seconds=step_tokens * operations / machine.flops_per_second / max(choice.devices, 1),
         choice=choice,
     )
+
+
+def plan_attached(model: Any, name: str, examples: Sequence[Encoded], settings: Train) -> Forecast:
+    """Forecast the training of an attached adapter on the machine at hand, which may hold the base already."""
+    found = machine_named(None, model.dtype)
+    held = summary(model).base_bytes if model.device.type == found.device else 0
+    room = replace(found, memory_bytes=found.memory_bytes + held)
+    return plan(model, attached_to(model, name).method, settings, Lengths.of(examples), room)
 
 
 def _attached(bare: Any, method: Method) -> Attached:
