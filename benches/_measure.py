@@ -176,6 +176,8 @@ def matrix_rate(model: Any, tokens: int, repeats: int = 10) -> float:
 def _product_seconds(x: Tensor, weight: Tensor) -> float:
     began = time.perf_counter()
     product(x, weight)
+    if x.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 

@@ -2,6 +2,7 @@
 
 All start from the same A and B: ours writes them as a PEFT folder, the peers read it. The base's weights are shared
 between them; only full fine-tuning has its own, with the adapter merged in, so that its first loss is the others'.
+Blocks that are to be recomputed are so by the same call of transformers in all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -20,13 +22,21 @@ from greenlet import getcurrent, greenlet
 from huggingface_hub import constants
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
 
 import lorakit as lk
 from lorakit import models
 from lorakit.core.state import adapter_tensors
 from lorakit.data import Encoded, collate
 from lorakit.train import Feed, Train, run
+from lorakit.train.recompute import recomputed
 
 BASE, NAME = "smollm2-135m", "bench"
 RATE, CLIP = 1e-4, 1.0
@@ -37,12 +47,33 @@ Batches = Sequence[Sequence[Encoded]]
 
 
 @dataclass(frozen=True)
+class Base:
+    """A model to be adapted: SmolLM2, or a Llama of some shape with random weights."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    shape: Mapping[str, Any] | None = None  # fields of a LlamaConfig
+
+    def load(self) -> tuple[Any, Any]:
+        """The model, made or put on its device, and what knows the id of its padding."""
+        if self.shape is None:
+            model, tokenizer = models.load(BASE, dtype=self.dtype)
+            return model.to(self.device), tokenizer
+        torch.manual_seed(0)
+        with torch.device(self.device):  # where the weights are drawn, in their own dtype
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**self.shape), dtype=self.dtype)
+        return model.eval(), SimpleNamespace(pad_token_id=0)
+
+
+@dataclass(frozen=True)
 class Task:
     """What every library is given."""
 
     batches: Batches  # of equal size; taken in turn, again and again
     method: lk.LoRA
     steps: int  # the most that will be taken
+    base: Base = Base()
+    checkpointing: Literal["none", "blocks"] = "none"
 
 
 @dataclass(frozen=True)
@@ -57,7 +88,7 @@ class Library:
 @contextmanager
 def libraries(names: Sequence[str], task: Task) -> Iterator[dict[str, Library]]:
     """The named ones, ready for their first step."""
-    base, tokenizer = models.load(BASE)
+    base, tokenizer = task.base.load()
     twins = {name: twin(base) for name in names if name in PEERS}
     adapt(base, task.method)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +98,7 @@ def libraries(names: Sequence[str], task: Task) -> Iterator[dict[str, Library]]:
             if name == "ours":
                 found[name] = Library(base, ours(base, tokenizer, task), adapter_of(base))
             elif name == "full":
-                found[name] = Library(model := merged(folder), plain(model, tokenizer, task, folder), {})
+                found[name] = Library(model := merged(task, folder), plain(model, tokenizer, task, folder), {})
             else:
                 model = PeftModel.from_pretrained(twins[name], folder, is_trainable=True)
                 found[name] = Library(model, PEERS[name](model, tokenizer, task, folder), peft_adapter_of(model))
@@ -86,9 +117,9 @@ def twin(model: Any) -> Any:
     return other
 
 
-def merged(folder: str) -> Any:
+def merged(task: Task, folder: str) -> Any:
     """A base with the adapter in its weights, all of which are trained."""
-    model = PeftModel.from_pretrained(models.load(BASE)[0], folder).merge_and_unload()
+    model = PeftModel.from_pretrained(task.base.load()[0], folder).merge_and_unload()
     model.config.use_cache = False
     return model.requires_grad_(True)
 
@@ -122,7 +153,14 @@ def ours(model: Any, tokenizer: Any, task: Task) -> Iterator[float]:
     """`lorakit.train.run`, as it comes."""
     rows = len(task.batches[0])
     feed = Feed(list(itertools.chain(*task.batches)), tokenizer.pad_token_id, collate, in_order)
-    settings = Train(steps=task.steps, batch_size=rows, learning_rate=RATE, warmup_share=0, clip_norm=CLIP)
+    settings = Train(
+        steps=task.steps,
+        batch_size=rows,
+        learning_rate=RATE,
+        warmup_share=0,
+        clip_norm=CLIP,
+        checkpointing=task.checkpointing,
+    )
     for step in run(model, feed, settings, name=NAME):
         yield step.loss
 
@@ -136,24 +174,26 @@ def plain(model: Any, tokenizer: Any, task: Task, folder: str) -> Iterator[float
     """A loop as most people write it, with the model's own loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    schedule, padded = get_linear_schedule_with_warmup(optimizer, 0, task.steps), collator(tokenizer)
+    schedule, padded = get_linear_schedule_with_warmup(optimizer, 0, task.steps), collator(tokenizer, model.device)
     model.train()
-    for batch in itertools.cycle(task.batches):
-        loss = model(**padded(batch)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        yield loss.item()
+    with recomputed(model, Train(checkpointing=task.checkpointing)):
+        for batch in itertools.cycle(task.batches):
+            loss = model(**padded(batch)).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            yield loss.item()
 
 
-def collator(tokenizer: Any) -> Callable[[Sequence[Encoded]], dict[str, torch.Tensor]]:
-    """Rows padded on the right to the longest, as the models' arguments."""
+def collator(tokenizer: Any, device: Any = "cpu") -> Callable[[Sequence[Encoded]], dict[str, torch.Tensor]]:
+    """Rows padded on the right to the longest, as the models' arguments; a Trainer moves them by itself."""
 
     def padded(batch: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         found = collate(batch, tokenizer.pad_token_id)
-        return {"input_ids": found.ids_BT, "attention_mask": found.attention_BT, "labels": found.labels_BT}
+        rows = {"input_ids": found.ids_BT, "attention_mask": found.attention_BT, "labels": found.labels_BT}
+        return {name: tensor.to(device) for name, tensor in rows.items()}
 
     return padded
 
@@ -184,7 +224,7 @@ def shared_arguments(task: Task, folder: str) -> dict[str, Any]:
         train_sampling_strategy="sequential",
         learning_rate=RATE,
         max_grad_norm=CLIP,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=task.base.device == "cpu",
         dataloader_pin_memory=False,
     )
 
