@@ -76,7 +76,21 @@ def test_parts_hold_every_example_once_and_no_more_than_they_may(most: int) -> N
     pairs = drawn(0)
     parts = divide(pairs, most)
     assert sorted(number for part in parts for number in part) == list(range(len(pairs)))
-    assert all(len(part) == 1 or sum(len(pairs[number].ids) for number in part) <= most for part in parts)
+    assert all(len(part) == 1 or len(pack([pairs[number] for number in part]).ids_T) <= most for part in parts)
+
+
+def test_a_shared_prompt_is_counted_once_where_a_batch_is_divided() -> None:
+    prompt = tuple(range(900))
+    pairs = [Pair((*prompt, 1000 + number, *range(40)), 901) for number in range(16)]
+    assert len(pack(pairs).ids_T) == 900 + 16 * 40
+    assert [len(part) for part in divide(pairs, 1700)] == [14, 2]  # each may share up to 15 tokens less
+    assert len(divide(pairs, 1700, share=False)) == 16
+
+
+def test_prefixes_of_prefixes_without_end() -> None:
+    turns = [Pair(tuple(range(20 * number)), 1) for number in range(1, 700)]
+    line = pack(turns)
+    assert len(line.targets_N) == sum(len(turn.ids) - 1 for turn in turns)
 
 
 @pytest.mark.parametrize("longest", [0, 160])
@@ -90,7 +104,7 @@ def test_segments_attend_as_they_would_alone(
     torch.manual_seed(seed)
     tokens = len(line.ids_T)
     q = torch.randn(tokens, heads[0], 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(tokens, heads[1], 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    k, v = (torch.randn(tokens, heads[1], width, dtype=torch.float64, requires_grad=True) for width in (8, 6))
     found = segment_attention(q, k, v, line.segments)
     wanted = alone(q, k, v, line.segments, heads[0] // heads[1])
     weight = torch.randn_like(found)

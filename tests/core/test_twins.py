@@ -55,7 +55,7 @@ def test_twins_give_the_models_loss_and_gradients(family: str) -> None:
     model = moved(family)
     quick = Quick.of(model)
     linear = [module for module in model.modules() if isinstance(layout_of(module), LinearLayout)]
-    twins = [module for module, _ in quick.twins]
+    twins = [module for module, *_ in quick.places]
     assert [module for module in linear if module not in twins] == []
     assert len(twins) - len(linear) == TWINS[family]
     if family == "bert":
@@ -122,7 +122,7 @@ def test_a_module_that_somebody_has_changed_is_left_alone() -> None:
     norm.forward = lambda x: 2 * type(norm).forward(norm, x)
     before = norm.forward
     quick = Quick.of(model)
-    assert norm not in [module for module, _ in quick.twins]
+    assert norm not in [module for module, *_ in quick.places]
     with quick.on():
         assert norm.forward is before
 
@@ -130,7 +130,7 @@ def test_a_module_that_somebody_has_changed_is_left_alone() -> None:
 def test_a_norm_that_is_trained_is_left_alone() -> None:
     model = tiny("llama")
     lk.attach(model, lk.LoRA(rank=2, train=("model.norm",)), name="a")
-    assert model.model.norm not in [module for module, _ in Quick.of(model).twins]
+    assert model.model.norm not in [module for module, *_ in Quick.of(model).places]
 
 
 @pytest.mark.parametrize("hook", ["forward", "backward"])

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import lorakit as lk
 from lorakit import train
-from lorakit.errors import BadModel
+from lorakit.errors import BadModel, OutOfMemory
 from lorakit.kernels import cross_entropy
 from lorakit.train import Train, head
 from lorakit.train.loss import loss_for
@@ -80,6 +81,33 @@ def tiny_of(family: str) -> Any:
     config = AutoConfig.for_model(family, **sizes, num_attention_heads=4, **CAPPED[family])
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_classifiers_loss_is_smoothed_too(padding: bool) -> None:
+    losses = []
+    for smoothing in (0.0, 0.5):
+        model = tiny("bert", labels=2)
+        lk.attach(model, lk.LoRA(rank=2, train=("classifier",)), name="a")
+        settings = Train(steps=1, label_smoothing=smoothing, padding=padding)
+        losses.append(next(train.run(model, feed(examples(6, labels=2)), settings, name="a")).loss)
+    assert losses[0] != losses[1]
+
+
+def test_blocks_that_cannot_be_computed_again_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(BadModel, match="cannot compute its blocks again"):
+        train.run(model, feed(), Train(steps=1, checkpointing="blocks"), name="a")
+
+
+def test_an_optimiser_without_room_for_its_moments_says_so() -> None:
+    model = adapted()
+    steps = train.run(model, feed(), Train(steps=2), name="a")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", Mock(side_effect=torch.OutOfMemoryError("no room")))
+        with pytest.raises(OutOfMemory, match="moments do not fit"):
+            next(steps)
 
 
 def test_an_encoder_with_a_decoder_is_refused_in_a_sentence() -> None:

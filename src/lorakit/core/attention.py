@@ -31,9 +31,9 @@ def flat(model: Any) -> Iterator[None]:
     AttentionInterface.register(_NAME, _attend)
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = _NAME
     try:
+        for config in configs:
+            config._attn_implementation = _NAME
         yield
     finally:
         for config, name in zip(configs, before, strict=True):

@@ -9,9 +9,10 @@ Legend: T tokens of the line, N labelled positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from lorakit.kernels.segments import Segment, Segments
 
-_WORTH = 16  # tokens that a prefix has to save; below that, a segment more costs more than it saves
+_WORTH = 16  # tokens that a prefix has to save to be a segment of its own
+_DEEPEST = 100  # prefixes of prefixes
 
 
 class Example(Protocol):
@@ -87,7 +89,7 @@ def pack(examples: Sequence[Example], *, share: bool = True) -> Line:
     return Line(torch.tensor(ids), torch.tensor(positions), Segments(segments), predictors_N, targets_N)
 
 
-def divide(examples: Sequence[Example], most: int) -> list[list[int]]:
+def divide(examples: Sequence[Example], most: int, *, share: bool = True) -> list[list[int]]:
     """The numbers of examples in parts of at most `most` tokens (one longer example is a part); prefixes stay together.
 
     >>> from types import SimpleNamespace as Pair
@@ -95,40 +97,50 @@ def divide(examples: Sequence[Example], most: int) -> list[list[int]]:
     [[1], [0, 2]]
     """
     parts: list[list[int]] = []
-    tokens = 0
-    for number in sorted(range(len(examples)), key=lambda number: tuple(examples[number].ids)):
-        length = len(examples[number].ids)
-        if not parts or tokens + length > most:
+    tokens, before = 0, tuple[int, ...]()
+    for number, ids in sorted(enumerate(tuple(example.ids) for example in examples), key=itemgetter(1)):
+        saved = max(_alike(before, ids) - _WORTH + 1, 0) if share else 0  # `pack` may leave out a bit of what is alike
+        if not parts or tokens + len(ids) - saved > most:
             parts.append([])
-            tokens = 0
+            tokens, saved = 0, 0
         parts[-1].append(number)
-        tokens += length
+        tokens, before = tokens + len(ids) - saved, ids
     return parts
 
 
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def _forest(inputs: Sequence[tuple[int, ...]], *, share: bool) -> tuple[_Node, ...]:
-    numbers = sorted(range(len(inputs)), key=inputs.__getitem__) if share else list(range(len(inputs)))
     if not share:
-        return tuple(_Node(0, len(inputs[number]), (number,), ()) for number in numbers)
-    return tuple(_grown(inputs, numbers, 0))
+        return tuple(_apart(inputs, range(len(inputs)), 0))
+    return tuple(_grown(inputs, sorted(range(len(inputs)), key=inputs.__getitem__), 0))
 
 
-def _grown(inputs: Sequence[tuple[int, ...]], numbers: list[int], start: int) -> Iterator[_Node]:
+def _apart(inputs: Sequence[tuple[int, ...]], numbers: Iterable[int], start: int) -> Iterator[_Node]:
+    return (_Node(start, len(inputs[number]), (number,), ()) for number in numbers)
+
+
+def _grown(
+    inputs: Sequence[tuple[int, ...]], numbers: list[int], start: int, deepest: int = _DEEPEST
+) -> Iterator[_Node]:
     """The nodes of examples (in the order of their tokens) from place `start` on."""
-    first, last = inputs[numbers[0]], inputs[numbers[-1]]
-    alike = next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-    if len(numbers) == 1:
-        yield _Node(start, len(first), tuple(numbers), ())
+    if len(numbers) == 1 or not deepest:
+        yield from _apart(inputs, numbers, start)
         return
+    alike = _alike(inputs[numbers[0]], inputs[numbers[-1]])
     ended = [number for number in numbers if len(inputs[number]) == alike]
     further = [list(same) for _, same in groupby(numbers[len(ended) :], key=lambda number: inputs[number][alike])]
     if (alike - start) * (len(numbers) - 1) >= _WORTH:
-        branches = tuple(node for part in further for node in _grown(inputs, part, alike))
+        branches = tuple(node for part in further for node in _grown(inputs, part, alike, deepest - 1))
         yield _Node(start, alike, tuple(numbers), branches)
     else:
-        yield from (_Node(start, alike, (number,), ()) for number in ended)
+        yield from _apart(inputs, ended, start)
         for part in further:
-            yield from _grown(inputs, part, start)
+            yield from _grown(inputs, part, start, deepest - 1)
 
 
 def _walk(forest: Sequence[_Node]) -> Iterator[tuple[_Node, tuple[tuple[int, int], ...]]]:

@@ -17,87 +17,91 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.core.layouts import LinearLayout, layout_of
-from lorakit.core.quick import fits_one_step
+from lorakit.core.mode import mode
+from lorakit.core.quick import Twin, fits_one_step
 from lorakit.core.sites import sites_of
-from lorakit.kernels import product
 from lorakit.kernels.gated import Activation, gated
 from lorakit.kernels.norm import rms_norm
+from lorakit.kernels.product import along_last, frozen_linear, takes
 
 _GATED = ("mlp.gate", "mlp.up", "mlp.down")
 _EPS = ("variance_epsilon", "eps", "epsilon")
-_AGREE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the largest value; half precision: 2e-2
+_SCALES = (1e-3, 1.0, 30.0)  # of what a twin is tried on: where an epsilon shows, and where a cap does
+_AGREE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of a row's length; half precision: 5e-3
 Forward = Callable[[Tensor], Tensor]
+Places = tuple[tuple[nn.Module, str, Callable[..., Any]], ...]  # a module, an attribute, and what it is to be
 
 
 @dataclass(frozen=True, slots=True)
 class Quick:
-    """The modules that have a twin, and it."""
+    """What stands in for code of the model's own, and where."""
 
-    twins: tuple[tuple[nn.Module, Forward], ...]
-    compiled: tuple[tuple[nn.Module, Callable[..., Any]], ...] = ()
+    places: Places
 
     @classmethod
     def of(cls, model: nn.Module, *, compile: bool = False) -> Self:
-        """The twins that fit this model: of norms, and of gated feed-forward layers; or its blocks, compiled."""
+        """The twins that fit this model: of linear and gated layers and of norms; or its blocks, compiled."""
         if compile:
             blocks = [model.get_submodule(site.path) for site in sites_of(model) if site.role == "block"]
-            return cls((), tuple((block, torch.compile(block._call_impl)) for block in blocks))
-        found = [(m, twin) for m in model.modules() if (twin := _norm_twin(m) or _linear_twin(m))]
-        gates = [(parent, _gate_twins(*parts)) for parent, parts in _gated_parents(model)]
-        found += [(parent, twin) for parent, twins in gates if (twin := _first_equal(parent, twins)) is not None]
-        return cls(tuple(found))
+            return cls(tuple((block, "_compiled_call_impl", torch.compile(block._call_impl)) for block in blocks))
+        norms = ((module, _norm_twins(module)) for module in model.modules())
+        gates = ((parent, _gate_twins(*parts)) for parent, parts in _gated_parents(model))
+        found = [twin for module, twins in chain(norms, gates) if (twin := _closest(module, twins)) is not None]
+        return cls((*cls.products(model).places, *_forwards(found)))
 
     @classmethod
     def products(cls, model: nn.Module) -> Self:
         """The twins of linear layers alone, which need not be tried."""
-        return cls(tuple((module, twin) for module in model.modules() if (twin := _linear_twin(module))))
+        return cls(_forwards([twin for module in model.modules() if (twin := _linear_twin(module)) is not None]))
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Let the twins stand in."""
-        put = [(module, twin) for module, twin in self.twins if "forward" not in module.__dict__]
-        for module, twin in put:
-            module.__dict__["forward"] = twin
-        for module, call in self.compiled:
-            module._compiled_call_impl = call  # what `nn.Module.compile` sets
+        """Let them stand in, but where somebody else's code stands already."""
+        put: list[tuple[nn.Module, str]] = []
         try:
+            for module, attribute, value in self.places:
+                if attribute not in module.__dict__:
+                    put.append((module, attribute))
+                    module.__dict__[attribute] = value
             yield
         finally:
-            for module, _ in self.compiled:
-                module._compiled_call_impl = None
-            for module, _ in put:
-                module.__dict__.pop("forward", None)
+            for module, attribute in put:
+                module.__dict__.pop(attribute, None)
 
 
-def _norm_twin(module: nn.Module) -> Forward | None:
-    """The twin of a norm: of a module with one frozen vector and a small number beside it."""
+def _forwards(twins: list[Twin]) -> Places:
+    return tuple((twin.module, "forward", twin) for twin in twins)
+
+
+def _norm_twins(module: nn.Module) -> list[Forward]:
+    """What may be the twin of a norm: of a module with one frozen vector and a small number beside it."""
     weight, eps = module._parameters.get("weight"), next((vars(module)[e] for e in _EPS if e in vars(module)), None)
     alone = len(module._parameters) == 1 and not module._modules and "forward" not in module.__dict__
     if weight is None or not alone or not isinstance(eps, float) or weight.dim() != 1 or weight.requires_grad:
-        return None
-    return _first_equal(module, [partial(_norm, weight, eps, 0.0), partial(_norm, weight, eps, 1.0)])
+        return []
+    return [partial(_norm, weight, eps, 0.0), partial(_norm, weight, eps, 1.0)]
 
 
 def _norm(weight_H: Tensor, eps: float, offset: float, x: Tensor) -> Tensor:
     return rms_norm(x, weight_H + offset if offset else weight_H, eps)
 
 
-def _linear_twin(module: nn.Module) -> Forward | None:
+def _linear_twin(module: nn.Module) -> Twin | None:
     """The twin of a linear layer, where there is a faster product than PyTorch's choice."""
     layout, weight = layout_of(module), module._parameters.get("weight")
-    if weight is None or not isinstance(layout, LinearLayout) or not product.takes(weight):
+    alone = module._parameters.keys() <= {"weight", "bias"} and "forward" not in module.__dict__
+    if weight is None or not isinstance(layout, LinearLayout) or not alone or not takes(weight):
         return None
-    return None if "forward" in module.__dict__ else partial(_linear, module, layout)
+    return Twin(module, partial(_linear, module, layout), weight.dtype)
 
 
-def _linear(module: nn.Module, layout: LinearLayout, x: Tensor) -> Tensor:
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]  # the weight, a bias
-    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in own)
-    if trained or not product.takes(x, *own) or not fits_one_step(x, x):
+def _linear(module: Any, layout: LinearLayout, x: Tensor) -> Tensor:
+    own = [module.weight] if module.bias is None else [module.weight, module.bias]
+    learns = torch.is_grad_enabled()
+    if (learns and any(p.requires_grad for p in own)) or not takes(x, *own) or not fits_one_step(x, x):
         return cast(Tensor, type(module).forward(module, x))
-    if torch.is_grad_enabled() and x.requires_grad:
-        return product.frozen_linear(x, layout.matrix(own[0]), *own[1:])
-    return product.along_last(x, layout.matrix(own[0]), *own[1:])
+    product = frozen_linear if learns and x.requires_grad else along_last
+    return product(x, layout.matrix(own[0]), *own[1:])
 
 
 def _gated_parents(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
@@ -107,9 +111,14 @@ def _gated_parents(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module
         if site.role in _GATED and site.slice is None and not site.experts:
             found.setdefault(site.path.rpartition(".")[0], {})[site.role] = model.get_submodule(site.path)
     for path, parts in found.items():
-        parent = model.get_submodule(path)
-        if len(parts) == len(_GATED) and "forward" not in parent.__dict__:
+        parent, own = model.get_submodule(path), list(parts.values())
+        others = [child for child in parent.children() if child not in own]  # nothing calls them while a twin stands in
+        if len(parts) == len(_GATED) and "forward" not in parent.__dict__ and not any(map(_is_watched, others)):
             yield parent, [parts[role] for role in _GATED]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _gate_twins(gate: nn.Module, up: nn.Module, down: nn.Module) -> list[Forward]:
@@ -120,32 +129,38 @@ def _feed_forward(gate: nn.Module, up: nn.Module, down: nn.Module, activation: A
     return cast(Tensor, down(gated(gate(x), up(x), activation)))
 
 
-def _first_equal(module: nn.Module, twins: list[Forward]) -> Forward | None:
-    """The first twin whose output and gradient are the module's."""
+def _closest(module: nn.Module, twins: list[Forward]) -> Twin | None:
+    """The twin whose output and gradient are the module's, in training, on numbers of several sizes."""
     held = chain(module.parameters(), module.buffers())  # a quantised layer's parameters are codes
     like = next((tensor for tensor in held if tensor.is_floating_point()), None)
-    if like is None or like.is_meta:
+    if not twins or like is None or like.is_meta:
         return None
-    generator = torch.Generator().manual_seed(0)
     layout = next((found for child in module.modules() if (found := layout_of(child)) is not None), None)
     width = like.shape[-1] if layout is None else layout.in_features
-    x = torch.randn(3, width, generator=generator).to(like)
+    x = torch.randn(len(_SCALES), width, generator=torch.Generator().manual_seed(0)) * torch.tensor(_SCALES)[:, None]
+    with mode(module, training=True), torch.random.fork_rng([like.device] if like.is_cuda else []):
+        wanted, *others = (_tried(forward, x.to(like)) for forward in (module.forward, module.forward, *twins))
+    again, *distances = (_distance(each, wanted) for each in others)
+    enough, best = _AGREE.get(like.dtype, 5e-3), min(range(len(twins)), key=distances.__getitem__)
+    return Twin(module, twins[best], like.dtype) if max(again, distances[best]) <= enough else None
+
+
+def _tried(forward: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The output and the gradient along a random direction; None where it does not take one tensor and give one."""
     try:
-        wanted = _tried(module.forward, x)
-    except Exception:  # it takes more than one tensor, or no such tensor
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            y = forward(leaf)
+            along = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            (gradient,) = torch.autograd.grad((y * along).sum(), leaf)
+        return y.detach(), gradient
+    except Exception:  # any module's own
         return None
-    return next((twin for twin in twins if _equal(_tried(twin, x), wanted)), None)
 
 
-def _tried(forward: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = x.clone().requires_grad_()
-        y = forward(leaf)
-        (gradient,) = torch.autograd.grad(y.square().sum(), leaf)
-    return y.detach(), gradient
-
-
-def _equal(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
-    share = _AGREE.get(found[0].dtype, 2e-2)
-    pairs = zip(found, wanted, strict=True)
-    return all(a.shape == b.shape and bool((a - b).abs().max() <= share * b.abs().max()) for a, b in pairs)
+def _distance(found: tuple[Tensor, Tensor] | None, wanted: tuple[Tensor, Tensor] | None) -> float:
+    """The largest difference of a row, as a share of its length."""
+    if found is None or wanted is None or any(a.shape != b.shape for a, b in zip(found, wanted, strict=True)):
+        return float("inf")
+    shares = [(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(found, wanted, strict=True)]
+    return torch.stack(shares).float().nan_to_num(float("inf")).max().item()

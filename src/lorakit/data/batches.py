@@ -95,10 +95,12 @@ def _units(numbers: Sequence[int], groups: Sequence[int] | None, most: int) -> l
 def _windows(units: Sequence[list[int]], most: int) -> Iterator[list[list[int]]]:
     """Units, one after another, with at most so many examples together; a larger unit is one for itself."""
     window: list[list[int]] = []
+    count = 0
     for unit in units:
-        if window and sum(map(len, window)) + len(unit) > most:
+        if window and count + len(unit) > most:
             yield window
-            window = []
+            window, count = [], 0
         window.append(unit)
+        count += len(unit)
     if window:
         yield window

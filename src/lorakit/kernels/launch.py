@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _log = logging.getLogger(__name__)
-_PLAIN = (Tensor, nn.Parameter)  # sharded, quantised and fake tensors are of classes of their own
+PLAIN = (Tensor, nn.Parameter)  # sharded, quantised and fake tensors are of classes of their own
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,7 +29,7 @@ def takes(*tensors: Tensor) -> bool:
     device = tensors[0].device
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    alike = all(type(x) in _PLAIN and x.dtype in _DTYPES and x.device == device for x in tensors)
+    alike = all(type(x) in PLAIN and x.dtype in _DTYPES and x.device == device for x in tensors)
     return alike and runs_on(device)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.kernels import launch
-from lorakit.kernels.product import product
+from lorakit.kernels.product import over_tokens, product
 from lorakit.kernels.remade import recipe
 
 
@@ -53,7 +53,7 @@ def _add_low_rank(y_TO: Tensor, x_TI: Tensor, down_RI: Tensor, up_RO: Tensor) ->
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """B is used as (R, O): thin products are two to three times faster in that layout on a CPU."""
+    """B is used as (R, O), the faster layout for thin products on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
@@ -75,12 +75,13 @@ class _LowRankLinear(torch.autograd.Function):
         g_x = g_a = g_b = None
         if wants_x:
             g_x_TI = product(g_TO, weight_OI.T)
-            g_TR, g_x = _add_low_rank(g_x_TI, g_TO, lift_RO, small_RI), g_x_TI.view(*gradient.shape[:-1], -1)
+            g_TR = _add_low_rank(g_x_TI, g_TO, lift_RO, small_RI)
+            g_x = g_x_TI.view(*gradient.shape[:-1], weight_OI.shape[1])
         else:
             g_TR = product(g_TO, lift_RO)
         if wants_a:
             x_TI = ctx.remade(*made_of).reshape(-1, small_RI.shape[1])
-            g_a = product(g_TR.T, x_TI.T).to(ctx.dtypes[0])
+            g_a = over_tokens(g_TR, x_TI).to(ctx.dtypes[0])
         if wants_b:
-            g_b = product(low_TR.T, g_TO.T).T.to(ctx.dtypes[1]) * ctx.scale
+            g_b = over_tokens(low_TR, g_TO).T.to(ctx.dtypes[1]) * ctx.scale
         return g_x, None, None, g_a, g_b, None

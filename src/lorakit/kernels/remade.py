@@ -32,7 +32,7 @@ class Remaker:
 
 def remember(made: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Note on a tensor how it was made of others (detached); gives the tensor."""
-    setattr(made, _ATTRIBUTE, (Remaker(make), tensors))
+    setattr(made, _ATTRIBUTE, (Remaker(make), tensors, _version(made)))
     return made
 
 
@@ -45,9 +45,15 @@ def recipe(x: Tensor) -> tuple[Remaker, tuple[Tensor, ...]]:
     >>> len(recipe(one)[1]), len(recipe(two)[1])
     (1, 2)
     """
-    remaker, tensors = getattr(x, _ATTRIBUTE, None) or (Remaker(_itself), (x,))
+    remaker, tensors, version = getattr(x, _ATTRIBUTE, None) or (Remaker(_itself), (x,), _version(x))
+    if version != _version(x):  # somebody has changed it in place since
+        remaker, tensors = Remaker(_itself), (x,)
     remaker.readers += 1
     return remaker, tensors
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def segment_attention(
 
     On a CPU segments of about one length go together, through SDPA or, where they are short, through batched products.
     On CUDA `torch.nn.attention.varlen` reads the line as it is, where it knows the dtype (float16, bfloat16) and no
-    dropout is asked for.
+    dropout is asked for. Tokens after the last segment get zeros.
 
     Args:
         q_THD: queries (T, heads, width).
@@ -151,9 +151,10 @@ def segment_attention(
     if q_THD.is_cuda and not dropout and q_THD.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q_THD, k_THD, v_THD, segments, scale)
     outputs = [_attend(piece, q_THD, k_THD, v_THD, scale, dropout) for piece in segments.pieces]
-    if segments.back is None:
-        return outputs[0]
-    return torch.cat(outputs).index_select(0, segments.back)
+    if segments.back is not None:
+        outputs = [torch.cat(outputs).index_select(0, segments.back)]
+    rest = len(q_THD) - len(outputs[0])
+    return F.pad(outputs[0], (0, 0, 0, 0, 0, rest)) if rest else outputs[0]
 
 
 def _attend(piece: _Piece, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float) -> Tensor:

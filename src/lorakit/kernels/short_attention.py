@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST: Final = 160  # keys; from about 200 on SDPA is faster, and what is kept here grows with their square
+LONGEST: Final = 160  # keys; what is kept here grows with their square
 
 
 def short_attention(q_SHQD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask_SQK: Tensor, scale: float) -> Tensor:
@@ -22,7 +22,7 @@ def short_attention(q_SHQD: Tensor, k_SGKD: Tensor, v_SGKD: Tensor, mask_SQK: Te
     Args:
         q_SHQD: queries, float32 or wider.
         k_SGKD: keys, of as many heads or of a divisor of their number.
-        v_SGKD: values, likewise.
+        v_SGKD: values, of the heads of the keys and of any width.
         mask_SQK: what is added to the scores, -inf where nothing is seen; its first dimension may be 1.
         scale: of the scores.
 
@@ -50,20 +50,19 @@ class _ShortAttention(torch.autograd.Function):
         sequences, heads, queries, width = q_SHQD.shape
         shared, keys = k_SGKD.shape[1:3]
         q = (q_SHQD * scale).reshape(sequences * shared, -1, width)
-        k, v = (x.reshape(sequences * shared, keys, width) for x in (k_SGKD, v_SGKD))
+        k, v = (x.reshape(sequences * shared, keys, -1) for x in (k_SGKD, v_SGKD))
         scores = torch.bmm(q, k.mT)
         scores.view(sequences, heads, queries, keys).add_(mask_SQK[:, None].to(q.dtype))
         p = torch.softmax(scores, -1, out=scores)
         ctx.save_for_backward(q, k, v, p)
-        ctx.shapes, ctx.scale = (q_SHQD.shape, k_SGKD.shape), scale
-        return torch.bmm(p, v).view(q_SHQD.shape)
+        ctx.shapes, ctx.scale = (q_SHQD.shape, k_SGKD.shape, v_SGKD.shape), scale
+        return torch.bmm(p, v).view(sequences, heads, queries, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
-        g = gradient.reshape(q.shape)
+        g = gradient.reshape(*q.shape[:2], -1)
         g_scores = torch._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype)
         g_q, g_k, g_v = torch.bmm(g_scores, k).mul_(ctx.scale), torch.bmm(g_scores.mT, q), torch.bmm(p.mT, g)
-        of_queries, of_keys = ctx.shapes
-        return g_q.view(of_queries), g_k.view(of_keys), g_v.view(of_keys), None, None
+        return *(g.view(shape) for g, shape in zip((g_q, g_k, g_v), ctx.shapes, strict=True)), None, None

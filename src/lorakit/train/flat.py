@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.attention import flat, flat_inputs
 from lorakit.core.packing import Line, divide, pack
+from lorakit.kernels.product import round_number, takes
 from lorakit.train.feed import Encoded
 from lorakit.train.head import backward_from
 from lorakit.train.portions import Portion
@@ -29,15 +32,15 @@ class _Tried:
 
 def portions(examples: Sequence[Encoded], most: int, *, share: bool) -> list[Portion]:
     """Lines of at most `most` tokens; a longer example has one for itself."""
-    parts = [list(range(len(examples)))] if _length(examples) <= most else divide(examples, most)
-    lines = [line([examples[number] for number in part], share=share) for part in parts]
-    told = zip(lines, parts, strict=True)
-    return [Portion(each, len(part), len(each.targets_N), len(each.ids_T)) for each, part in told]
+    whole = pack(examples, share=share)
+    if len(whole.ids_T) <= most:
+        return [_portion(whole, len(examples))]
+    parts = [[examples[number] for number in part] for part in divide(examples, most, share=share)]
+    return [_portion(pack(part, share=share), len(part)) for part in parts]
 
 
-def line(examples: Sequence[Any], *, share: bool) -> Line:
-    """One line of these examples."""
-    return pack(examples, share=share)
+def _portion(line: Line, examples: int) -> Portion:
+    return Portion(line, examples, len(line.targets_N), len(line.ids_T))
 
 
 def backward(model: Any, portion: Portion, total: float, *, smoothing: float = 0.0) -> float:
@@ -54,7 +57,10 @@ def hidden(model: Any, line: Line) -> tuple[Tensor, Tensor]:
 
 
 def _hidden(model: Any, line: Line) -> tuple[Tensor, Tensor]:
-    inputs = flat_inputs(line.ids_T, line.positions_T, line.segments, model.device)
+    """Where products want a round number of tokens, a few that nothing looks at stand at the end."""
+    more = round_number(len(line.ids_T)) - len(line.ids_T) if takes(*islice(model.parameters(), 1)) else 0
+    ids_T, positions_T = (F.pad(each_T, (0, more)) for each_T in (line.ids_T, line.positions_T))
+    inputs = flat_inputs(ids_T, positions_T, line.segments, model.device)
     hidden_TH = model.base_model(**inputs).last_hidden_state[0]
     return hidden_TH.index_select(0, line.predictors_N.to(hidden_TH.device)), line.targets_N.to(hidden_TH.device)
 
@@ -64,7 +70,3 @@ def samples(examples: Sequence[Encoded]) -> list[_Tried]:
     first, tried = tuple(examples[0].ids), [tuple(example.ids) for example in examples[:_TRIED]]
     other = (*first[: len(first) * 3 // 4], *reversed(first[len(first) // 4 :]))
     return [_Tried(ids, 1) for ids in (*tried, other[: len(first)])]
-
-
-def _length(examples: Sequence[Encoded]) -> int:
-    return sum(len(example.ids) for example in examples)

@@ -31,6 +31,7 @@ from lorakit.train.memory import Appetite
 from lorakit.train.optimiser import optimizer_for, trained_in
 from lorakit.train.planner import plan_attached
 from lorakit.train.portions import Loss
+from lorakit.train.recompute import refuse_unable
 from lorakit.train.settings import Step, Train
 from lorakit.train.stepper import Stepper
 from lorakit.train.surroundings import held_interrupt
@@ -70,6 +71,7 @@ def run(
 
     Raises:
         BadState: the adapter has no trainable parameter.
+        BadModel: the model cannot be trained so.
         OutputExists: `out` holds another run.
         NeverActed: after the first step, for a delta that no forward pass called.
         BadData: a batch has nothing to be learned.
@@ -238,6 +240,7 @@ class _Loop:
 
 
 def _loop(model: Any, feed: Feed, settings: Train, name: str) -> _Loop:
+    refuse_unable(model, settings)
     trained = trained_in(model, name)
     steps, optimizer = feed.steps(settings), optimizer_for(model, name, trained, settings)
     world = join(model, settings.sharding, lambda: plan_attached(model, name, feed.examples, settings).fits)

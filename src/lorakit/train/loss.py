@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from lorakit.core.attention import reads_flat
+from lorakit.core.packing import pack
 from lorakit.errors import BadModel
 from lorakit.train import flat, padded
 from lorakit.train.feed import Encoded, Feed
+from lorakit.train.memory import is_out_of_memory
 from lorakit.train.portions import Loss
 from lorakit.train.settings import Train
 
@@ -35,9 +37,9 @@ def loss_for(model: Any, feed: Feed, settings: Train, *, inserts: bool = False) 
                        "not train; take a causal model, or transformers' Trainer with lorakit's callback")  # fmt: skip
     examples = [feed.examples[number] for number in feed.epoch(0, settings)[0]]
     rows = partial(padded.portions, feed)
-    if model.get_output_embeddings() is None:
-        return _classes(model, examples, rows)
     smoothing = settings.label_smoothing
+    if model.get_output_embeddings() is None:
+        return _classes(model, examples, rows, smoothing)
     if not padded.heads_agree(model, feed.collate(examples[:1], feed.pad_id)):
         _log.warning("%s changes its logits after the head: the loss takes the slower whole logits", _kind(model))
         return Loss(rows, partial(padded.whole_backward, smoothing=smoothing), "rows with padding, whole logits")
@@ -50,11 +52,12 @@ def loss_for(model: Any, feed: Feed, settings: Train, *, inserts: bool = False) 
     return Loss(rows, partial(padded.picked_backward, smoothing=smoothing), f"rows with padding: {why}")
 
 
-def _classes(model: Any, examples: Sequence[Encoded], rows: Any) -> Loss:
+def _classes(model: Any, examples: Sequence[Encoded], rows: Any, smoothing: float) -> Loss:
     if any(example.label is None for example in examples):
         raise BadModel(f"{_kind(model)} has no language-model head and the examples have no class; load a causal model "
                        "for text to be written, or a classifier (labels=n) for examples with labels")  # fmt: skip
-    return Loss(partial(rows, classes=True), padded.classes_backward, "rows with padding", trains_head=True)
+    backward = partial(padded.classes_backward, smoothing=smoothing)
+    return Loss(partial(rows, classes=True), backward, "rows with padding", trains_head=True)
 
 
 def _why_not_flat(model: Any, feed: Feed, examples: Sequence[Encoded], *, inserts: bool) -> str:
@@ -70,8 +73,10 @@ def _differs(model: Any, feed: Feed, examples: Sequence[Encoded]) -> str:
     tried = flat.samples(examples)
     batch = feed.collate(tried, feed.pad_id)
     try:
-        found_NH, _ = flat.hidden(model, flat.line(tried, share=True))
+        found_NH, _ = flat.hidden(model, pack(tried))
     except Exception as error:  # any model's own, which was not written for this
+        if is_out_of_memory(error):
+            raise
         return f"its attention does not take segments ({type(error).__name__}: {error})"
     wanted_NH, _ = padded.hidden(model, batch)
     worst = (found_NH - wanted_NH).abs().max() / wanted_NH.abs().max().clamp(min=1e-30)

@@ -67,11 +67,11 @@ def whole_backward(model: Any, portion: Portion, total: float, *, smoothing: flo
     return sum_backward(logits_BTV[:, :-1][wanted_BT], targets_N, total, smoothing)
 
 
-def classes_backward(model: Any, portion: Portion, total: float) -> float:
+def classes_backward(model: Any, portion: Portion, total: float, *, smoothing: float = 0.0) -> float:
     """Cross-entropy of a classifier."""
     batch = portion.inputs
     logits_BC = model(**_inputs(model, batch)).logits
-    return sum_backward(logits_BC, batch.classes_B.to(logits_BC.device), total)
+    return sum_backward(logits_BC, batch.classes_B.to(logits_BC.device), total, smoothing)
 
 
 @torch.no_grad()

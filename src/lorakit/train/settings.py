@@ -66,7 +66,7 @@ class Train:
     patience: int = 0  # evaluations without improvement after which training stops; 0 never stops
     checkpointing: Literal["none", "blocks"] = "none"  # blocks: keep their inputs alone, and compute the rest again
     sharding: Literal["auto", "replicate", "shard"] = "auto"  # of several devices: each a copy of the base, or a part
-    compile: bool = False  # compile each block: some ten seconds at the start, faster steps after that
+    compile: bool = False  # compile each block instead of using twins: slow at the start
 
     def __post_init__(self) -> None:
         check("train with", self._rules())

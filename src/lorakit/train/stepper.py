@@ -70,6 +70,7 @@ class Stepper:
             NeverActed: after the first step, for a delta that no forward pass called.
         """
         began = time.perf_counter()
+        self.optimizer.zero_grad()  # of whatever has been done with the model since
         try:
             before_step(self.model, self.name, number, self.steps)
             mean_loss, labelled, computed = self._gradients(number, batches, release)
@@ -79,7 +80,7 @@ class Stepper:
             rate = learning_rate(number, self.steps, self.settings)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["ratio"]
-            self.optimizer.step()
+            self._apply(number)
             after_step(self.model, self.name, number, self.steps)
         finally:
             self.optimizer.zero_grad()
@@ -94,6 +95,16 @@ class Stepper:
             labelled=labelled,
             computed=computed,
         )
+
+    def _apply(self, number: int) -> None:
+        """Take the optimiser's step; its moments take their memory in the first one, before anything changes."""
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(f"step {number}: the optimiser's moments do not fit into memory; take fewer trained "
+                              "numbers (a lower rank, fewer targets)") from error  # fmt: skip
 
     def _gradients(self, number: int, batches: Numbers, release: Release) -> tuple[float, int, int]:
         """Gradients of the mean over everything labelled in all batches; that mean, and what was labelled and read."""
