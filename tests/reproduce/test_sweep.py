@@ -147,6 +147,14 @@ def test_a_stopped_sweep_goes_on_to_the_same_bytes(declared: Run, tmp_path: Path
         assert tensors[0].read_bytes() == tensors[1].read_bytes()
 
 
+def test_a_stopped_sweep_tells_what_has_failed(declared: Run) -> None:
+    sweep = sweep_of(declared, {"method.rank": [99, 2]})
+    with pytest.raises(Interrupted):
+        carry_out(sweep, declaring(declared), wrap=stop_at("rank=2", 2))
+    errors = {row["name"]: row["error"] for row in read(Path(sweep.out) / "sweep.json")["runs"]}
+    assert errors["rank=99"].startswith("rank 99 is above the matrix") and errors["rank=2"] == ""
+
+
 def test_a_finished_sweep_loads_nothing(declared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, declare = sweep_of(declared, {"train.seed": [0, 1]}), declaring(declared)
     first = carry_out(sweep, declare)
@@ -157,15 +165,56 @@ def test_a_finished_sweep_loads_nothing(declared: Run, monkeypatch: pytest.Monke
     assert carry_out(replace(sweep, by="steps"), declare, resume=True).by == "steps"
 
 
-def test_other_values_are_another_run(declared: Run) -> None:
+def test_results_of_other_settings_are_refused_and_kept(declared: Run) -> None:
     sweep = sweep_of(declared, {"train.seed": [0]})
     carry_out(sweep, declaring(declared))
-    longer = replace(declared, train=replace(declared.train, steps=7))
-    (row,) = carry_out(sweep, declaring(longer), resume=True).rows
-    assert "steps is 6 there and 7 here" in row.error and row.results is None
-    measured = replace(declared, evaluate=Evaluate(measures="perplexity"))
-    (row,) = carry_out(sweep, declaring(measured), resume=True).rows
-    assert "holds the results of other settings" in row.error and row.results is None
+    before = contents(Path(sweep.out))
+    for changes, sentence in (
+        ({"train": replace(declared.train, steps=7)}, "holds results of other settings: train.steps is 6 there and 7"),
+        ({"evaluate": Evaluate(measures="perplexity")}, r"evaluate.measures is \[\] there and \['perplexity'\] here"),
+    ):
+        with pytest.raises(OutputExists, match=sentence):
+            carry_out(sweep, declaring(replace(declared, **changes)), resume=True)  # type: ignore[arg-type]
+        assert contents(Path(sweep.out)) == before
+
+
+def test_what_decides_on_no_result_may_change(declared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of(declared, {"train.seed": [0]})
+    first = carry_out(sweep, declaring(declared))
+    monkeypatch.setattr(module, "prepare", None)
+    monkeypatch.setattr(module, "require", lambda service: None)
+    changed = replace(declared, track="wandb", train=replace(declared.train, forward_tokens=64))
+    assert carry_out(sweep, declaring(changed), resume=True) == first
+
+
+def test_a_resumed_sweep_has_all_results_of_before(declared: Run) -> None:
+    carry_out(sweep_of(declared, {"method.rank": [2, 99]}), declare := declaring(declared))
+    before = contents(Path(declared.out))
+    with pytest.raises(OutputExists, match=r"results of runs that are not in this sweep \(rank=2\); add their values"):
+        carry_out(sweep_of(declared, {"method.rank": [3]}), declare, resume=True)
+    assert contents(Path(declared.out)) == before
+    table = carry_out(sweep_of(declared, {"method.rank": [2, 3]}), declare, resume=True)  # 99 has no results
+    assert {row.name for row in table.rows if row.results} == {"rank=2", "rank=3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("sweep.json", "remove it"), ("seed=0/run.json", "remove its folder to run it again")]
+)
+def test_a_damaged_record_is_a_sentence(declared: Run, name: str, advice: str) -> None:
+    sweep = sweep_of(declared, {"train.seed": [0]})
+    carry_out(sweep, declaring(declared))
+    (Path(sweep.out) / name).write_text('{"run')
+    with pytest.raises(LorakitError, match=f"{name} is damaged.*; {advice}"):
+        carry_out(sweep, declaring(declared), resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_sweep_does_not_go_into_the_folder_of_a_run(declared: Run, resume: bool) -> None:
+    whole.carry_out(declared)
+    before = contents(Path(declared.out))
+    with pytest.raises(OutputExists, match=r"holds a run \(it has training.json, .*choose another folder"):
+        carry_out(sweep_of(declared), declaring(declared), resume=resume)
+    assert contents(Path(declared.out)) == before
 
 
 def test_fresh_heads_of_several_seeds_are_on_bases_of_their_own(declared: Run, tmp_path: Path) -> None:
@@ -242,6 +291,7 @@ def test_a_cluster_needs_its_package(declared: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingPackage, match="pip install ray"):
         carry_out(sweep_of(declared, on="ray"), declaring(declared))
+    assert not Path(declared.out).exists()
 
 
 @pytest.fixture

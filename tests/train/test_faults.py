@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and memory that does not suffice: nothing is lost."""
+"""Numbers that are not finite, memory that does not suffice, and damaged files: nothing is lost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 import lorakit as lk
 from lorakit import train
-from lorakit.errors import Diverged, OutOfMemory
+from lorakit.errors import Diverged, LorakitError, OutOfMemory
 from lorakit.train import flat, padded
 from lorakit.train.checkpoint import newest
 from tests.train.small import SETTINGS, adapted, feed
@@ -116,3 +116,15 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
     too_large(monkeypatch, 2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="mat1"):
         list(train.run(adapted(), feed(), ADAM, name="a"))
+
+
+def test_a_damaged_file_of_a_run_is_a_sentence(tmp_path: Path) -> None:
+    list(train.run(adapted(), feed(), ADAM, name="a", out=tmp_path))
+    metrics, training = tmp_path / "metrics.jsonl", tmp_path / "training.json"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:2], "\0\0\0\n", *lines[2:]]))
+    with pytest.raises(LorakitError, match=r"metrics.jsonl, line 3, is damaged .*; remove that line"):
+        list(train.run(adapted(), feed(), ADAM, name="a", out=tmp_path, resume=True))
+    training.write_text(training.read_text()[:40])
+    with pytest.raises(LorakitError, match=r"training.json is damaged .*; choose another output folder"):
+        list(train.run(adapted(), feed(), ADAM, name="a", out=tmp_path, resume=True))

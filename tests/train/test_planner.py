@@ -20,12 +20,13 @@ from lorakit.core.method import Method
 from lorakit.core.state import attached_to, deltas_of
 from lorakit.errors import BadMethod, LorakitError, UnknownName
 from lorakit.reproduce.planning import without_values
-from lorakit.train import Train
+from lorakit.train import Train, planner
+from lorakit.train import machine as machine_module
 from lorakit.train.arithmetic import Shape, flops, kept_per_token, shape_of_model
 from lorakit.train.fitting import SHARE, Need, Wanted, choose
 from lorakit.train.head import backward_from
 from lorakit.train.machine import SHEETS, Machine, free_memory, machine, measured_flops, usual_dtype
-from lorakit.train.planner import Lengths, plan
+from lorakit.train.planner import Lengths, plan, plan_attached
 from lorakit.train.probe import Kept, kept_bytes, probe, skeleton
 from tests.tiny import inputs, tiny
 
@@ -240,7 +241,6 @@ def test_gpt3_is_the_papers_arithmetic() -> None:
     assert moments[0] / moments[1] == pytest.approx(3, rel=1e-3)  # so 2/3 are saved
     assert moments[0] < 1.2e12 < every.state == 4 * every.weights  # with gradients of two bytes, 1.40 TB
     assert not found.fits
-    assert found.parallel == "fsdp2"
     assert adapter.file == 2 * adapter.trained  # PEFT writes q and v of a fused layer as one block of twice the rank
 
 
@@ -259,7 +259,7 @@ def test_the_forecast_is_json_and_a_table() -> None:
     found = planned(tiny("gpt2"), ALL)
     told = json.loads(json.dumps(found.to_json()))
     assert told["bytes"]["gradients"] == 4 * told["trainable"]
-    assert (told["choice"]["forward_tokens"], told["fits"], told["parallel"]) == (1024, True, "ddp")
+    assert (told["choice"]["forward_tokens"], told["fits"]) == (1024, True)
     assert f"lora trains {found.trainable:,}" in str(found)
     assert found.choice.why in str(found)
     assert found.step_seconds == pytest.approx(1024 * found.flops.step / 1e11)
@@ -339,11 +339,15 @@ def test_lengths_are_those_of_the_examples() -> None:
     assert Lengths(mean=100, longest=300).within(200) == (100, 200)
     with pytest.raises(LorakitError, match=r"mean=0 must be at least 1; labelled=1.5 must be above 0, at most 1"):
         Lengths(mean=0, labelled=1.5)
+    with pytest.raises(LorakitError, match=r"mean=100 must be at most longest=50"):
+        Lengths(mean=100, longest=50)
 
 
-def test_known_machines_are_slower_in_float32() -> None:
+def test_known_machines_are_slower_in_float32_and_old_ones_in_bfloat16_too() -> None:
     for name in SHEETS:
-        assert machine(name, torch.float32).flops_per_second < machine(name).flops_per_second
+        slow, fast, usual = (machine(name, dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+        assert slow.flops_per_second < fast.flops_per_second
+        assert usual == (slow if name in ("t4", "v100") else fast)
     assert machine("H100").memory_bytes == 80 * 10**9
 
 
@@ -357,10 +361,28 @@ def test_the_machine_at_hand_is_measured() -> None:
     assert usual_dtype("h100") == torch.bfloat16
 
 
-@pytest.mark.parametrize(("limit", "used", "left"), [("5000", "2000", 3000), ("1000", "2000", 0), ("max", "0", None)])
+def test_a_machine_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine("cpu")
+    monkeypatch.setattr(machine_module, "product", None)
+    assert machine("cpu").flops_per_second == machine("cpu").flops_per_second
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = attached(tiny("llama"), QV), [SimpleNamespace(ids=range(10), start=5, label=None)]
+    monkeypatch.setattr(planner, "machine_named", lambda *given: CPU)
+    alone = plan_attached(model, "a", examples, Train()).machine.memory_bytes
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert plan_attached(model, "a", examples, Train()).machine.memory_bytes == alone - 3 * CPU.memory_bytes // 4
+    gpu = replace(CPU, name="cuda", device="cuda")  # each process has its own
+    monkeypatch.setattr(planner, "machine_named", lambda *given: gpu)
+    assert plan_attached(model, "a", examples, Train()).machine.memory_bytes == CPU.memory_bytes
+
+
+@pytest.mark.parametrize(("limit", "used", "left"), [("5000", "2000", 3500), ("1000", "2000", 0), ("max", "0", None)])
 def test_a_containers_limit_counts(limit: str, used: str, left: int | None, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{used}\n")
+    (tmp_path / "memory.stat").write_text("anon 10\ninactive_file 500\nactive_file 70\n")  # the first can be freed
     found = free_memory(tmp_path)
     assert found == left if left is not None else found > 10**8
 

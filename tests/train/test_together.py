@@ -126,7 +126,7 @@ def test_each_takes_one_step_a_round_until_its_last() -> None:
 def test_so_many_go_on_at_once() -> None:
     model, parts = attached(LORAS), parts_of(LORAS)
     runs = {name: train.run(view(model), part.feed, part.settings, name=name) for name, part in parts.items()}
-    taken = [(name, step.step) for name, step in in_turn(runs, at_once=2)]
+    taken = [(name, step.step) for name, step in in_turn(runs, {}, at_once=2)]
     assert taken == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("b", 3), ("c", 1), ("c", 2), ("c", 3), ("c", 4)]
 
 

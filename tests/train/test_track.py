@@ -200,6 +200,31 @@ def test_a_service_that_cannot_be_opened_is_a_sentence_before_the_first_step(
     run(tmp_path / "reviews", "none")  # the folder is still free
 
 
+@pytest.mark.parametrize("content", ['{"wandb": ', "[]"])
+def test_a_damaged_record_is_a_new_tracked_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    known: list[str | None] = []
+
+    def opened(out: Path, config: Any, id: str | None) -> track.Tracked:
+        known.append(id)
+        return track.Tracked("new", 0, lambda step, values: None, lambda done: None)
+
+    monkeypatch.setitem(track.SERVICES, "wandb", opened)  # type: ignore[arg-type]
+    monkeypatch.setattr(track, "require", lambda to: None)
+    (tmp_path / "tracked.json").write_text(content)
+    assert len(run(tmp_path, "wandb")) == 12
+    assert known == [None] and json.loads((tmp_path / "tracked.json").read_text()) == {"wandb": "new"}
+    assert "tracked.json is damaged" in caplog.text and "tracked as a new one" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "require", lambda to: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(LorakitError, match=r"tensorboard cannot be opened for the run 'x': .*Not a directory"):
+        run(tmp_path / "file" / "x", "tensorboard")
+
+
 def test_wandb_is_asked_for_the_step_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     logged: list[int] = []

@@ -21,10 +21,9 @@ def on_ray(groups: list[dict[str, Run]], at_once: int) -> Iterator[dict[str, str
     lost goes to another, and on from its checkpoints.
 
     Raises:
-        MissingPackage: Ray is not installed.
         Interrupted: Ctrl-C, once the runs have had time to write their checkpoints.
     """
-    ray = _ray()
+    ray = imported()
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     work = ray.remote(**_needs(ray))(_work)
     going = {work.remote(lot): lot for group in groups for lot in _lots(group, at_once)}
@@ -40,7 +39,12 @@ def on_ray(groups: list[dict[str, Run]], at_once: int) -> Iterator[dict[str, str
                           "from their checkpoints") from interrupt  # fmt: skip
 
 
-def _ray() -> Any:
+def imported() -> Any:
+    """Ray.
+
+    Raises:
+        MissingPackage: it is not installed.
+    """
     try:
         import ray
     except ImportError as error:
@@ -65,12 +69,10 @@ def _work(lot: dict[str, Run]) -> dict[str, str]:
     """What a machine of the cluster does; a lot that is sent again goes on."""
     from lorakit.reproduce.sweep import trained
 
-    turns = trained(lot, len(lot), resume=True)
-    while True:
-        try:
-            next(turns)
-        except StopIteration as end:
-            return dict(end.value)
+    failed: dict[str, str] = {}
+    for _ in trained(lot, len(lot), failed, resume=True):
+        pass
+    return failed
 
 
 def _failed(ray: Any, done: Any, lot: dict[str, Run]) -> dict[str, str]:

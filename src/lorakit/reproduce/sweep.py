@@ -16,17 +16,22 @@ from typing import Any, Literal
 
 from lorakit import models
 from lorakit.core.atomic import write_files
+from lorakit.core.parsed import parsed
 from lorakit.errors import LorakitError, OutputExists, UnknownName, nearest
+from lorakit.reproduce._sweep_ray import imported, on_ray
 from lorakit.reproduce.run import LOSS, RESULTS, RUN, Known, Run, adapting, as_json, prepare, versions
 from lorakit.train import Step
+from lorakit.train.folder import apart, marks
 from lorakit.train.loop import Steps
 from lorakit.train.settings import check, counts
-from lorakit.train.together import in_turn, view
+from lorakit.train.together import Failures, in_turn, view
 from lorakit.train.track import require
 
 SWEEP = "sweep.json"
 COSTS = re.compile(r"perplexity|.*(loss|seconds|bytes|parameters)")  # numbers of which less is better
 OWN = ("out", "method", "train", "evaluate", "keep", "track", "calibrate_on")  # have no part in base and data
+# what decides on no result
+FREE = ("out", "track", "train.checkpoint_every", "train.forward_tokens", "train.checkpointing", "train.sharding")
 _PLAIN = re.compile(r"[\w.+-]{1,32}")
 
 Values = Mapping[str, Any]
@@ -155,17 +160,23 @@ def carry_out(
         wrap: put around the steps of all runs, to show them.
 
     Raises:
-        OutputExists: the folder holds a sweep, and it is not to be resumed.
+        OutputExists: the folder holds a sweep that is not to be resumed, results of other settings, or a run.
+        MissingPackage: that of a cluster or a tracking service is not installed.
         UnknownName: the results have no number of the name `by`; all runs are done.
         LorakitError: a declaration that is refused; before anything is trained.
         Interrupted: Ctrl-C, once each run that had begun has its checkpoint.
     """
     out, values = Path(sweep.out), sweep.combinations()
+    if found := marks(out):
+        raise OutputExists(f"{out} holds a run (it has {', '.join(found)}); choose another folder for the sweep")
     if (out / SWEEP).exists() and not resume:
         raise OutputExists(f"{out} holds another sweep; resume that one (--resume), or choose another folder")
     runs = {name: replace(declare(own), out=str(out / name)) for name, own in values.items()}
     for service in {run_.track for run_ in runs.values()}:
         require(service)
+    if sweep.on == "ray":
+        imported()
+    _refuse_to_lose_results(out, runs, values)
     groups = sharing({name: run_ for name, run_ in runs.items() if results_of(run_) is None})
     failed: Failed = {}
     turns = _turns(groups, sweep, failed, resume=resume)
@@ -198,30 +209,29 @@ def _turns(
 ) -> Generator[tuple[str, Step], None, None]:
     if sweep.on == "here":
         for group in groups:
-            failed |= yield from trained(group, sweep.at_once, resume=resume)
+            yield from trained(group, sweep.at_once, failed, resume=resume)
         return
-    from lorakit.reproduce._sweep_ray import on_ray
-
     for errors in on_ray(groups, sweep.at_once):
         failed |= errors
 
 
-def trained(runs: Runs, at_once: int, *, resume: bool) -> Generator[tuple[str, Step], None, Failed]:
-    """Carry out runs that share one base, so many at once, one step of each in turn; gives those that failed."""
+def trained(runs: Runs, at_once: int, failed: Failed, *, resume: bool) -> Generator[tuple[str, Step], None, None]:
+    """Carry out runs that share one base, so many at once, one step of each in turn; `failed` is given what fails."""
     try:
         model, tokenizer, data = prepare(next(iter(runs.values())))
     except Exception as error:
-        return dict.fromkeys(runs, _sentence(error))
-    known: Known = {}
+        failed |= dict.fromkeys(runs, _sentence(error))
+        return
+    known, raised = Known(), Failures()
 
     def one(run_: Run) -> Steps:
         again = resume and Path(run_.out).exists()
         yield from adapting(view(model), tokenizer, data, run_, resume=again, known=known)
 
-    raised = yield from in_turn({name: one(run_) for name, run_ in runs.items()}, at_once)
-    failed = {name: _sentence(error) for name, error in raised.items()}
-    stale = [name for name, run_ in runs.items() if name not in failed and results_of(run_) is None]
-    return failed | dict.fromkeys(stale, "its folder holds the results of other settings; remove it to run these")
+    try:
+        yield from in_turn({name: one(run_) for name, run_ in runs.items()}, raised, at_once)
+    finally:
+        failed |= {name: _sentence(error) for name, error in raised.items()}
 
 
 def _sentence(error: Exception) -> str:
@@ -229,24 +239,52 @@ def _sentence(error: Exception) -> str:
 
 
 def results_of(run_: Run) -> Values | None:
-    """The results in a run's folder; None where it has not come to its end, or was another run."""
+    """The results in a run's folder; None where it has not come to its end."""
+    path = Path(run_.out) / RESULTS
     try:
-        told, results = (json.loads((Path(run_.out) / name).read_bytes()) for name in (RUN, RESULTS))
-        same = _agrees(told["run"] | {"out": run_.out}, json.loads(as_json(run_.to_json())))
-    except (OSError, ValueError, KeyError, TypeError):
+        return parsed(path.read_bytes(), path, "")
+    except (OSError, LorakitError):
         return None
-    return results if same else None
 
 
-def _agrees(told: Any, now: Any) -> bool:
-    """Whether all that a file tells is so; what it does not tell yet may be anything.
+def _refuse_to_lose_results(out: Path, runs: Runs, values: Mapping[str, Values]) -> None:
+    """Refuse where results that are there would be none of this sweep."""
+    for run_ in runs.values():
+        if results_of(run_) is not None and (different := list(_different(_told(run_), _plain(run_.to_json())))):
+            raise OutputExists(f"{run_.out} holds results of other settings: {'; '.join(different)}; resume with the "
+                               "same settings, or choose another folder for the sweep")  # fmt: skip
+    path, now = out / SWEEP, _plain(values)
+    rows = parsed(path.read_bytes(), path, "remove it").get("runs", []) if path.exists() else []
+    gone = [row["name"] for row in rows if row["results"] and now.get(row["name"]) != row["values"]]
+    if gone:
+        raise OutputExists(f"{out} has results of runs that are not in this sweep ({', '.join(gone)}); add their "
+                           "values to it, or choose another folder")  # fmt: skip
 
-    >>> _agrees({"train": {"steps": 3}}, {"train": {"steps": 3, "new": 0}}), _agrees({"rank": 8}, {"rank": 4})
-    (True, False)
+
+def _told(run_: Run) -> Values:
+    """The run that has ended in a run's folder."""
+    path = Path(run_.out) / RUN
+    content = path.read_bytes() if path.exists() else b""
+    return dict(parsed(content, path, "remove its folder to run it again").get("run", {}))
+
+
+def _plain(value: Any) -> Any:
+    """As it reads when it comes back from a file."""
+    return json.loads(as_json(value))
+
+
+def _different(told: Values, now: Values, prefix: str = "") -> Iterator[str]:
+    """In what a run differs from what a file tells of it; what the file does not tell yet may be anything.
+
+    >>> list(_different({"train": {"steps": 3, "seed": 0}}, {"train": {"steps": 6, "seed": 0, "new": 1}}))
+    ['train.steps is 3 there and 6 here']
     """
-    if isinstance(told, dict) and isinstance(now, dict):
-        return all(key in now and _agrees(value, now[key]) for key, value in told.items())
-    return bool(told == now)
+    for key, value in told.items():
+        name, other = f"{prefix}{key}", now.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            yield from _different(value, other, f"{name}.")
+        elif value != other and name not in FREE:
+            yield apart(name, value, other)
 
 
 def tabled(runs: Runs, values: Mapping[str, Values], failed: Failed, by: str | None) -> Table:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.atomic import write_files
+from lorakit.core.parsed import parsed
 from lorakit.errors import LorakitError, OutputExists
 from lorakit.train import checkpoint, metrics
 from lorakit.train.best import Evaluated, evaluated
@@ -50,16 +51,14 @@ class RunFolder:
                                "give all of them the same files and settings")  # fmt: skip
 
     def _refuse_other_run(self, *, resume: bool) -> None:
-        present = [mark for mark in _MARKS if (self.path / mark).exists()]
+        present = marks(self.path)
         if present and not resume:
             raise OutputExists(f"{self.path} holds another run (it has {', '.join(present)}); resume that run "
                                "(--resume, or resume=True), or choose another output folder")  # fmt: skip
         there = self._identity_there(present) if resume else self.identity
         different = [key for key in self.identity if there.get(key) != self.identity[key]]
         if different:
-            told = [
-                f"{key} is {_short(there.get(key))} there and {_short(self.identity[key])} here" for key in different
-            ]
+            told = [apart(key, there.get(key), self.identity[key]) for key in different]
             raise OutputExists(f"{self.path} holds a run that differs from the one to be resumed: {'; '.join(told)}; "
                                "resume with the same settings, or choose another output folder")  # fmt: skip
 
@@ -115,7 +114,22 @@ class RunFolder:
         if TRAINING not in present:
             raise OutputExists(f"{self.path} has {', '.join(present)} but no {TRAINING}, so it holds no run that can "
                                "be resumed; choose another output folder")  # fmt: skip
-        return dict(json.loads((self.path / TRAINING).read_text()))
+        path = self.path / TRAINING
+        return parsed(path.read_bytes(), path, "choose another output folder")
+
+
+def marks(folder: Path) -> list[str]:
+    """What there is in a folder that shows that a run lives there."""
+    return [mark for mark in _MARKS if (folder / mark).exists()]
+
+
+def apart(name: str, there: object, here: object) -> str:
+    """In what two runs differ.
+
+    >>> apart("seed", 0, 1)
+    'seed is 0 there and 1 here'
+    """
+    return f"{name} is {_short(there)} there and {_short(here)} here"
 
 
 def _short(value: object) -> str:

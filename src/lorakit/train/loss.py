@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lorakit.core.attention import reads_flat
+from lorakit.core.kinds import require_one_stack
 from lorakit.core.packing import pack
 from lorakit.errors import BadModel
 from lorakit.train import flat, padded
@@ -32,9 +33,7 @@ def loss_for(model: Any, feed: Feed, settings: Train, *, inserts: bool = False) 
     Raises:
         BadModel: the model has neither a language-model head nor classes to learn, or it is an encoder with a decoder.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise BadModel(f"{_kind(model)} reads by an encoder and writes by a decoder, which this loop does "
-                       "not train; take a causal model, or transformers' Trainer with lorakit's callback")  # fmt: skip
+    require_one_stack(model)
     examples = [feed.examples[number] for number in feed.epoch(0, settings)[0]]
     rows = partial(padded.portions, feed)
     smoothing = settings.label_smoothing

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.core.atomic import write_files
+from lorakit.core.parsed import parsed
 from lorakit.errors import LorakitError
 from lorakit.train.settings import Step
 
@@ -45,12 +46,15 @@ def cut_back(folder: Path, step: int) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run as dictionaries; a last line that was not written whole is left out."""
-    rows = []
-    for line in (folder / METRICS).read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    """The lines of a run as dictionaries; a last line that was not written whole is left out.
+
+    Raises:
+        LorakitError: another line is damaged.
+    """
+    path = folder / METRICS
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    advice = "remove that line, and the run goes on without it"
+    return [parsed(line, f"{path}, line {number},", advice) for number, line in enumerate(lines, 1)]
 
 
 def smoothed(values: Iterable[float]) -> Iterator[float]:

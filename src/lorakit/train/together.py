@@ -79,7 +79,8 @@ def _begun(model: Any, name: str, part: Part) -> Steps:
 
 
 def _raising(runs: Mapping[str, Steps]) -> Generator[tuple[str, Step], None, None]:
-    failed = yield from in_turn(runs)
+    failed: Failures = {}
+    yield from in_turn(runs, failed)
     if failed:
         raise failure(failed, len(runs))
 
@@ -93,17 +94,20 @@ def failure(failed: Failures, count: int) -> LorakitError:
     return error
 
 
-def in_turn(runs: Mapping[str, Steps], at_once: int | None = None) -> Generator[tuple[str, Step], None, Failures]:
-    """One step of each of several runs after another, until the last has ended; gives what was raised, by name.
+def in_turn(
+    runs: Mapping[str, Steps], failed: Failures, at_once: int | None = None
+) -> Generator[tuple[str, Step], None, None]:
+    """One step of each of several runs after another, until the last has ended.
 
     Args:
         runs: generators of steps, by name.
+        failed: is given what they raise, by name, as soon as they do.
         at_once: how many of them may be going on; the next begins where one has ended. None: all.
 
     Raises:
         Interrupted: Ctrl-C, once each run with a folder has its checkpoint.
     """
-    waiting, going, failed = iter(runs.items()), dict[str, Steps](), Failures()
+    waiting, going = iter(runs.items()), dict[str, Steps]()
     try:
         while going := going | dict(itertools.islice(waiting, (at_once or len(runs)) - len(going))):
             for name, steps in list(going.items()):
@@ -117,7 +121,6 @@ def in_turn(runs: Mapping[str, Steps], at_once: int | None = None) -> Generator[
     finally:
         for steps in going.values():
             steps.close()
-    return failed
 
 
 def _next(name: str, steps: Steps, failed: Failures) -> Step | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakit.core.atomic import write_files
+from lorakit.core.parsed import parsed
 from lorakit.errors import LorakitError, MissingPackage, UnknownName, nearest
 from lorakit.train import metrics
 from lorakit.train.settings import Step
@@ -101,15 +102,23 @@ def require(to: To) -> None:
 
 def _opened(to: To, out: Path, config: Config) -> Tracked:
     require(to)
-    known = json.loads((out / TRACKED).read_bytes()) if (out / TRACKED).exists() else {}
-    out.mkdir(parents=True, exist_ok=True)
+    known = _known(out / TRACKED)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         run = SERVICES[to](out, config, known.get(to))
     except Exception as error:  # whatever the service raises, it is the service's own
         raise LorakitError(f"{to} cannot be opened for the run {_name(out)!r}: {error}") from error
     if known.get(to) != run.id:
-        write_files(out, {TRACKED: (json.dumps(known | {to: run.id}, indent=2) + "\n").encode()})
+        write_files(out, {TRACKED: (json.dumps({**known, to: run.id}, indent=2) + "\n").encode()})
     return run
+
+
+def _known(path: Path) -> Mapping[str, Any]:
+    try:
+        return parsed(path.read_bytes(), path, "the run is tracked as a new one") if path.exists() else {}
+    except LorakitError as error:
+        _log.warning("%s", error)
+        return {}
 
 
 def _mirrored(to: To, run: Tracked, last: int, step: Step, out: Path) -> int | None:
