@@ -312,10 +312,11 @@ def test_the_texts_of_a_run_are_cut_to_what_the_model_can_read(place: Path, tmp_
 
 
 def test_a_run_in_the_folder_one_stands_in_is_named_after_it(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*words(place, ""), "--out", "."]) == 0
+    assert f" merge . --out {tmp_path}-merged\n" in capsys.readouterr().out
     assert main(["inspect", "."]) == 0
 
 

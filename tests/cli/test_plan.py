@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig
 
+import lorakit as lk
 from lorakit.cli import main
+from lorakit.cli._declare import parse
 from lorakit.errors import BadModel
+from lorakit.models import quantise
+from lorakit.models.quantise import Width
 from lorakit.reproduce.planning import SHAPES, without_values
+from lorakit.reproduce.run import Run
+from lorakit.train import Train
 from tests.tiny import tiny
 
 GPT3 = ["plan", "--base", "gpt3-175b", "--method.rank", "4", "--method.targets", "attn.q,attn.v", "--machine", "h100"]
@@ -21,8 +28,8 @@ GPT3 = ["plan", "--base", "gpt3-175b", "--method.rank", "4", "--method.targets",
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with configs, and no weights."""
     folder = tmp_path_factory.mktemp("plan")
-    for name, family in (("base", "llama"), ("encoder", "bert")):
-        model = tiny(family, max_position_embeddings=512)
+    for name, family in (("base", "llama"), ("encoder", "bert"), ("both", "t5")):
+        model = tiny(family, **({} if family == "t5" else {"max_position_embeddings": 512}))
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder / name)
     (folder / "broken").mkdir()
@@ -36,7 +43,40 @@ def test_the_table_says_bytes_operations_and_what_was_chosen(place: Path, capsys
     assert "LlamaForCausalLM, 19,616 numbers; lora trains" in told
     assert all(row in told for row in ("weights", "gradients", "AdamW's moments", "saved file", "kept of a token"))
     assert "One device suffices, within" in told
-    assert f"train --base {place / 'base'} --train.forward_tokens 8192 --train.checkpointing none" in told
+    assert f"train --base={place / 'base'} --method.name=lora --data ... --out ..." in told
+
+
+ASKED = ["--train.batch_size=3", "--train.forward_tokens=100", "--train.checkpointing=blocks", "--quantise=int8",
+         "--method.name=dora", "--method.rank=2", "--method.targets=attn.q,attn.v", "--dtype=bfloat16"]  # fmt: skip
+
+
+def test_the_command_trains_what_was_planned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--base", str(place / "base"), "--machine", "h100", "--train.max_length", "64", *ASKED]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].split(" train ")[1])
+    run = parse(Run, "train", "", [*words[: words.index("--data")], "--data", "d", "--out", "o"])
+    assert run.train == Train(batch_size=3, max_length=64, forward_tokens=100, checkpointing="blocks")
+    assert run.method == lk.DoRA(rank=2, targets=("attn.q", "attn.v"))
+    assert (run.base, run.quantise, run.dtype) == (str(place / "base"), "int8", "bfloat16")
+
+
+def test_there_is_no_command_for_what_cannot_be_trained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["base/config.json"], ["base", "--dtype", "float16", "--machine", "h100"]):
+        assert main(["plan", "--base", str(place / words[0]), *words[1:]]) == 0
+    told = capsys.readouterr().out
+    assert told.count("One device suffices") == 2 and " train --base" not in told
+
+
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_a_base_in_few_bits_is_planned_with_the_bytes_that_it_takes(
+    width: Width, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--machine", "h100", "--dtype", "float32", "--json"]
+    assert main(["plan", "--base", str(place / "base"), "--quantise", width, *flags]) == 0
+    told, model = json.loads(capsys.readouterr().out), tiny("llama", max_position_embeddings=512)
+    assert told["parameters"] == sum(p.numel() for p in model.parameters())
+    quantise(model, width)
+    assert told["bytes"]["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert told["kept"]["source"] == "probe"
 
 
 @pytest.mark.parametrize("base", ["base", "base/config.json"])
@@ -94,6 +134,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--base", "{place}/base", "--train.batch_size", "0"], "batch_size=0 must be at least 1"),
     (["--base", "{place}/base", "--trained_bytes", "0"], "trained_bytes=0 must be at least 1"),
     (["--base", "{place}/base", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16"),
+    (["--base", "{place}/base", "--tokens.mean", "9", "--tokens.longest", "8"], "mean=9.0 must be at most longest=8"),
+    (["--base", "{place}/both"], "T5ForSequenceClassification reads by an encoder and writes by a decoder"),
     ([], "base is not given"),
 ]
 

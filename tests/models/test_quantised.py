@@ -366,9 +366,11 @@ def test_load_quantises(width: Width, dtype: torch.dtype, folder: Path) -> None:
 def test_what_cannot_be_quantised_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadModel, match="no GGUF file"):
         load(str(folder), quantise="gguf")
-    with pytest.raises(BadModel, match="int8 or int4, not as 'int3'"):
-        load(str(folder), quantise="int3")  # type: ignore[arg-type]
+    with pytest.raises(BadModel, match="quantise is one of none, int8, int4, gguf, not 'int3'"):
+        load("a model that is not even looked for", quantise="int3")  # type: ignore[arg-type]
     model = tiny("llama")
+    with pytest.raises(BadModel, match="int8 or int4, not as 'int3'"):
+        quantise(model, "int3")  # type: ignore[arg-type]
     lk.attach(model, LORA, name="a")
     for verb in (lambda: quantise(model, "int8"), lambda: dequantise(model)):
         with pytest.raises(BadState, match="an adapter is attached"):
@@ -490,8 +492,8 @@ def test_what_bitsandbytes_quantised_is_taken_over(settings: dict[str, bool], fo
     model.save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
     theirs = tiny("llama")
-    assert adopt(model) == width
-    assert adopt(model) is None
+    assert adopt(model) == {width}
+    assert not adopt(model)
     assert layers(model).keys() == layers(quantised("llama", width)).keys()
     for path, layer in layers(model).items():
         limit = 0.2 if settings.get("bnb_4bit_quant_type") == "fp4" else ERRORS[width]

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorakit.cli._adapter import loaded
 from lorakit.data import Dataset, Example
-from lorakit.errors import BadData, BadMethod
+from lorakit.errors import BadData, BadMethod, BadModel, MissingPackage, OutputExists
 from lorakit.methods.prefix_embedding import PrefixEmbedding
 from lorakit.models import load
 from lorakit.reproduce import run as module
+from lorakit.reproduce.measures import Evaluate
+from lorakit.reproduce.rehearsal import rehearse
 from lorakit.reproduce.run import Run, carry_out, feed
 from lorakit.train import Train, planner
 from tests.reproduce import small
+from tests.tiny import tiny
 
 
 @pytest.fixture
@@ -111,6 +116,12 @@ def test_a_prefix_leaves_one_token_of_text_beside_the_special_ones() -> None:
         feed(model, tokenizer, data, Train(max_length=2), PrefixEmbedding(prefix=5))
 
 
+def test_a_base_is_loaded_again_as_it_was_in_training(declared: Run) -> None:
+    carry_out(replace(declared, dtype="bfloat16"))
+    model, _, _ = loaded(Path(declared.out), None)
+    assert model.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("quantise", ["int8", "int4"])
 def test_a_run_over_a_base_in_few_bits_is_measured_over_it(declared: Run, quantise: str) -> None:
     outcome = carry_out(replace(declared, quantise=quantise))
@@ -130,3 +141,53 @@ def test_where_memory_does_not_suffice_passes_are_shorter_and_it_is_said(
         chosen = module.fitted(made, declared)
     assert chosen.checkpointing == "blocks" or chosen.forward_tokens < declared.train.batch_size * 20
     assert caplog.text
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_where_passes_may_stay_and_devices_lack_that_is_said_too(
+    devices: int, declared: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = module.ready(*module.prepare(declared), declared)
+    whole = module.forecast(made, declared)
+    lacking = replace(whole, choice=replace(whole.choice, devices=devices, why="Take more devices."))
+    monkeypatch.setattr(module, "forecast", lambda *given: lacking)
+    assert module.fitted(made, declared) is declared.train
+    assert caplog.messages == ["Take more devices."]
+
+
+def test_an_encoder_with_a_decoder_is_refused_before_anything_is_measured(declared: Run) -> None:
+    _, tokenizer, data = module.prepare(declared)
+    with pytest.raises(BadModel, match="T5ForConditionalGeneration reads by an encoder and writes by a decoder"):
+        next(module.adapting(tiny("t5"), tokenizer, data, declared))
+
+
+def test_what_a_finished_run_does_not_take_over_is_named(declared: Run, caplog: pytest.LogCaptureFixture) -> None:
+    carry_out(declared)
+    moved = replace(declared, out=shutil.move(declared.out, f"{declared.out}-moved"))
+    carry_out(moved, resume=True)
+    assert not caplog.text
+    carry_out(replace(moved, evaluate=Evaluate(batch_size=3), track="none", calibrate_on=3), resume=True)
+    assert "whose results stay as they are; not applied: evaluate.batch_size, calibrate_on" in caplog.text
+
+
+@pytest.mark.parametrize("begin", [carry_out, rehearse])
+def test_a_folder_that_cannot_hold_the_run_is_refused_before_the_base_is_loaded(
+    begin: Any, declared: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(out: object, sentence: str) -> None:
+        with pytest.raises(OutputExists, match=sentence):
+            begin(replace(declared, out=str(out), base="no such base"))
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    refused(tmp_path / "run", "holds another run")
+    refused(tmp_path / "rows.csv" / "below" / "it", "rows.csv is no folder; choose another")
+    refused("/", "--out / cannot hold a run: the adapter bears the folder's name, and this one has none")
+    monkeypatch.setattr(os, "access", lambda place, how: Path(place) != tmp_path)
+    refused(tmp_path / "new" / "run", "may not be written")
+
+
+def test_a_dry_run_asks_for_the_package_of_a_service(declared: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.train.track.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="pip install wandb"):
+        rehearse(replace(declared, track="wandb"))

@@ -13,8 +13,7 @@ from lorakit.core import files
 from lorakit.core.files import load
 from lorakit.data import Data
 from lorakit.errors import LorakitError
-from lorakit.reproduce.run import RUN, at_hand
-from lorakit.train.machine import usual_dtype
+from lorakit.reproduce.run import RUN, Dtype, Run, at_hand, dtype_of
 
 
 def base_of(adapter: Path, base: str | None) -> str:
@@ -32,18 +31,18 @@ def base_of(adapter: Path, base: str | None) -> str:
 def loaded(adapter: Path, base: str | None) -> tuple[Any, Any, str]:
     """The base, its tokenizer, and the name under which the adapter is attached to it."""
     labels = _described(adapter)[1].get("base", {}).get("labels") or None
-    name, dtype, kept = base_of(adapter, base), usual_dtype(None), _quantised(adapter)
-    model, tokenizer = models.load(name, labels=labels, dtype=dtype, quantise=kept)
+    dtype, kept = dtype_of(_recorded(adapter, "dtype", Dtype)), _recorded(adapter, "quantise", models.Quantise)
+    model, tokenizer = models.load(base_of(adapter, base), labels=labels, dtype=dtype, quantise=kept)
     return at_hand(model), tokenizer, load(model, adapter)
 
 
-def _quantised(adapter: Path) -> models.Quantise:
-    """How the base was kept in training, where the record says it."""
+def _recorded(adapter: Path, name: str, known: Any) -> Any:
+    """How the base was loaded in training: a field of `Run`, its default where the record says nothing known."""
     try:
-        told = json.loads((adapter / RUN).read_bytes())["run"]["quantise"]
+        told = json.loads((adapter / RUN).read_bytes())["run"][name]
     except (OSError, ValueError, KeyError, TypeError):
-        return "none"
-    return next((name for name in get_args(models.Quantise) if name == told), "none")
+        told = None
+    return told if told in get_args(known) else getattr(Run, name)
 
 
 def _described(adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:

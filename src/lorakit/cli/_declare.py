@@ -238,6 +238,34 @@ def _wanted(hint: Any) -> str:
     return {int: "a whole number", float: "a number"}.get(hint) or described(hint)  # what has bounds checks them itself
 
 
+def words_of(kind: type, values: Mapping[str, Any]) -> list[str]:
+    """The flags that give the fields of `kind` these values, but for those that are defaults.
+
+    >>> from lorakit.train import Train
+    >>> words_of(Train, {"steps": 3, "epochs": 1.0})
+    ['--steps=3']
+    """
+    return [word for field in fields(kind) if field.name in values for word in _words(field, values[field.name])]
+
+
+def _words(field: Field[Any], value: Any, prefix: str = "--") -> Iterator[str]:
+    """A field's value as flags, where it is not the default; the parts of a part each by itself."""
+    path, default = f"{prefix}{field.name}", field.default
+    if is_dataclass(value):
+        told = value.to_json() if isinstance(value, Method) else vars(value)
+        if isinstance(value, Method):
+            yield word(f"{path}.{METHOD}", value.name)
+        for each in fields(value):
+            yield from _words(each, told[each.name], f"{path}.")
+    elif value != (default if field.default_factory is MISSING else field.default_factory()):
+        yield word(path, value)
+
+
+def word(path: str, value: Any) -> str:
+    """A flag with its value, as in a TOML file."""
+    return f"{path}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def _values(kind: type, chosen: type[Method], found: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a dataclass's fields, out of what the parser found."""
     given: dict[str, Any] = {}

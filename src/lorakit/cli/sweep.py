@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lorakit.cli import _declare
 from lorakit.cli._show import console, program, say, table
-from lorakit.core.method import Method
 from lorakit.errors import LorakitError
 from lorakit.reproduce.run import Run
 from lorakit.reproduce.sweep import SWEEP, Sweep, Table, Turns, Values, carry_out, shortened
@@ -31,34 +28,16 @@ def main(options: Options) -> None:
         LorakitError: some runs failed; all others came to their end.
     """
     sweep = Sweep(**{field.name: getattr(options, field.name) for field in fields(Sweep)})
-    common = [word for field in fields(Run) for word in _words(field, getattr(sweep, field.name))]
+    common = _declare.words_of(Run, {field.name: getattr(sweep, field.name) for field in fields(Run)})
 
     def declare(values: Values) -> Run:
         run: Run = _declare.parse(
-            Run, "sweep", "", [*common, *(_word(f"--{key}", value) for key, value in values.items())]
+            Run, "sweep", "", [*common, *(_declare.word(f"--{key}", value) for key, value in values.items())]
         )
         return run
 
     found = carry_out(sweep, declare, resume=options.resume, wrap=_shown)
     _tell(found, sweep)
-
-
-def _words(field: Any, value: Any, prefix: str = "--") -> Iterator[str]:
-    """A field's value as flags, where it is not the default; the parts of a part each by itself."""
-    path, default = f"{prefix}{field.name}", field.default
-    if is_dataclass(value):
-        told = value.to_json() if isinstance(value, Method) else vars(value)
-        if isinstance(value, Method):
-            yield _word(f"{path}.{_declare.METHOD}", value.name)
-        for each in fields(value):
-            yield from _words(each, told[each.name], f"{path}.")
-    elif value != (default if field.default_factory is MISSING else field.default_factory()):
-        yield _word(path, value)
-
-
-def _word(path: str, value: Any) -> str:
-    """A flag with its value, as in a TOML file."""
-    return f"{path}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _shown(turns: Turns) -> Turns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from rich.text import Text
 
@@ -33,7 +34,7 @@ def main(options: Options) -> None:
     if not world.is_first:
         return
     if outcome is None:
-        _rehearse(run)
+        _rehearse(run, resume=options.resume)
         return
     found = {side: outcome.results[side] for side in ("base", "adapter") if side in outcome.results}
     if found:
@@ -55,12 +56,13 @@ def main(options: Options) -> None:
     say(f"{run.out} holds the adapter, metrics.jsonl, loss.png, results.json and run.json. Try next:")
     say(f"  {program()} {use}")
     if "merge" not in run.method.waives:
-        say(f"  {program()} merge {out} --out {shlex.quote(f'{run.out}-merged')}")
+        place = Path(run.out) if Path(run.out).name.strip(".") else Path(run.out).resolve()
+        say(f"  {program()} merge {out} --out {shlex.quote(f'{place}-merged')}")
 
 
-def _rehearse(run: Run) -> None:
+def _rehearse(run: Run, *, resume: bool) -> None:
     """Print the plan, and the first batch with what is learned of it in colour or in brackets."""
-    told = rehearse(run)
+    told = rehearse(run, resume=resume)
     say(str(told.summary))
     table("The plan", ["", ""], told.plan)
     if told.forecast:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -70,6 +70,8 @@ def load(
     """
     if labels is not None and labels < 2:
         raise BadModel(f"a classification head needs two labels or more, not {labels}")
+    if quantise not in get_args(Quantise):
+        raise BadModel(f"quantise is one of {', '.join(get_args(Quantise))}, not {quantise!r}")
     place = _place(name)
     with _reading(name), quiet(bars=place.local), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -186,9 +188,10 @@ def _keep(model: PreTrainedModel, width: Quantise, place: _Place, name: str) -> 
         if place.gguf is None:
             raise BadModel(f"{name} is no GGUF file, whose blocks could be kept; take quantise='int8' or 'int4'")
         keep_blocks(model, place.gguf)
-    elif width != "none" and found not in (None, width):
-        raise BadModel(f"{name} is quantised already, in {found}; leave quantise away, or name its original")
-    elif width != "none" and found is None:
+    elif width != "none" and found and found != {width}:
+        widths = " and ".join(sorted(found))
+        raise BadModel(f"{name} is quantised already, in {widths}; leave quantise away, or name its original")
+    elif width != "none" and not found:
         keep_in_few_bits(model, width)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from lorakit import models
 from lorakit.core import registry
+from lorakit.core.kinds import require_one_stack
 from lorakit.core.method import Method
 from lorakit.errors import BadModel, LorakitError, UnknownName
 from lorakit.methods import DEFAULT
@@ -44,6 +45,7 @@ class Question:
     tokens: Lengths = field(default_factory=Lengths)  # how long the examples are
     machine: str | None = None  # cpu, cuda, or a known device such as h100; None: what is at hand
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of weights; None: float32 on a CPU, else bfloat16
+    quantise: Literal["none", "int8", "int4"] = "none"  # keep the base's layers in 8 or 4 bits
     trained_bytes: int = 4  # of a trained number, its gradient and each moment; lorakit takes 4, the LoRA paper 2
     labels: int = 2  # classes of the head that a model without a language model's gets
 
@@ -56,14 +58,26 @@ def answer(question: Question) -> Forecast:
 
     Raises:
         UnknownName: no such model or machine.
-        BadModel: a config that no model can be built from.
+        BadModel: a config that no model can be built from, or one of an encoder with a decoder.
         NoSuchTarget, BadMethod: the method does not fit the model.
     """
     dtype = getattr(torch, question.dtype) if question.dtype else usual_dtype(question.machine)
     where = machine(question.machine, dtype)
     model = without_values(question.base, dtype, question.labels)
+    require_one_stack(model)
+    if question.quantise != "none":
+        models.quantise(model, question.quantise)
     method = with_head(model, question.method)
     return plan(model, method, question.train, question.tokens, where, trained_bytes=question.trained_bytes)
+
+
+def has_weights(base: str) -> bool:
+    """Whether the base can be trained: a config alone, or a shape by its name, has nothing to begin with.
+
+    >>> has_weights("smollm2-135m"), has_weights("gpt3-175b")
+    (True, False)
+    """
+    return base not in SHAPES and Path(base).name != CONFIG
 
 
 def without_values(base: str, dtype: torch.dtype, labels: int = 2) -> Any:

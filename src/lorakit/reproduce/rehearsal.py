@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from lorakit.core.summary import Summary, summary
 from lorakit.data import Dataset, Encoded
+from lorakit.reproduce.place import refuse_place
 from lorakit.reproduce.run import Ready, Run, forecast, prepare, ready
+from lorakit.train.track import require
 
 
 class Shown(NamedTuple):
@@ -29,12 +31,18 @@ class Rehearsal:
     forecast: str = ""  # memory and time on this machine
 
 
-def rehearse(run_: Run) -> Rehearsal:
+def rehearse(run_: Run, *, resume: bool = False) -> Rehearsal:
     """Load base and data, attach the adapter, and tell what the run would do.
+
+    Args:
+        run_: the declaration.
+        resume: the run is to go on in `out`, so that it may be there.
 
     Raises:
         LorakitError: anything in the declaration that cannot be done.
     """
+    require(run_.track)
+    refuse_place(run_.out, resume=resume)
     model, tokenizer, data = prepare(run_)
     made = ready(model, tokenizer, data, run_)
     told = summary(model)

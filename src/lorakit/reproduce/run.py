@@ -17,6 +17,7 @@ import lorakit as lk
 from lorakit import models
 from lorakit.core.atomic import write_files
 from lorakit.core.files import TENSORS
+from lorakit.core.kinds import require_one_stack
 from lorakit.core.method import Method
 from lorakit.core.statistics import Statistics
 from lorakit.data import Data, Dataset, Encoded, Example, TooShort, collate, encode, encode_texts, open_data, order
@@ -25,12 +26,12 @@ from lorakit.methods import DEFAULT
 from lorakit.reproduce.calibration import gathered
 from lorakit.reproduce.held_out import hold_out
 from lorakit.reproduce.measures import Evaluate, classifies, compare, mean_loss
+from lorakit.reproduce.place import differing, figures, refuse_place
 from lorakit.train import Feed, Step, Train, draw, heads, run
 from lorakit.train.best import best, evaluated, keep_best
 from lorakit.train.distributed import here
 from lorakit.train.forecast import Forecast
 from lorakit.train.machine import usual_dtype
-from lorakit.train.metrics import read as read_metrics
 from lorakit.train.planner import plan_attached
 from lorakit.train.settings import check
 from lorakit.train.track import To, require, track
@@ -100,6 +101,7 @@ def carry_out(run_: Run, *, resume: bool = False, wrap: Wrap = lambda steps: ste
         LorakitError: anything in the declaration that cannot be done; nothing is half-written.
     """
     require(run_.track)
+    refuse_place(run_.out, resume=resume)
     return finished(adapting(*prepare(run_), run_, resume=resume, wrap=wrap))
 
 
@@ -120,6 +122,7 @@ def ready(model: Any, tokenizer: Any, data: Dataset, run_: Run) -> Ready:
     Raises:
         LorakitError: anything in the declaration that cannot be done.
     """
+    require_one_stack(model)
     name = Path(run_.out).resolve().name
     torch.manual_seed(run_.train.seed)
     method = with_head(model, run_.method)
@@ -136,14 +139,18 @@ def forecast(made: Ready, run_: Run) -> Forecast:
 
 
 def fitted(made: Ready, run_: Run) -> Train:
-    """The settings; with shorter passes, or blocks computed again, where memory does not suffice."""
+    """The settings; with shorter passes, or blocks computed again, where memory does not suffice.
+
+    What more devices would have to share is left as it is, and that is said.
+    """
     choice, longest = forecast(made, run_).choice, max(len(example.ids) for example in made.examples.examples)
     settings = run_.train
     passes = min(settings.forward_tokens, settings.batch_size * longest)
-    if choice.checkpointing == settings.checkpointing and choice.forward_tokens >= passes:
-        return settings
-    _log.warning(choice.why)
-    return replace(settings, checkpointing=choice.checkpointing, forward_tokens=max(choice.forward_tokens, 1))
+    is_cut = choice.checkpointing != settings.checkpointing or choice.forward_tokens < passes
+    if is_cut or not 1 <= choice.devices <= here().size:
+        _log.warning(choice.why)
+    chosen = replace(settings, checkpointing=choice.checkpointing, forward_tokens=max(choice.forward_tokens, 1))
+    return chosen if is_cut else settings
 
 
 def adapting(
@@ -166,7 +173,7 @@ def adapting(
     made, out, world = ready(model, tokenizer, data, run_), Path(run_.out), here()
     settings, evaluate = world.told(fitted(made, run_)), _evaluation(made, run_)
     steps = run(model, made.examples, settings, name=made.name, out=out, resume=resume, evaluate=evaluate)
-    results = world.told(_results_in(out)) if resume else None
+    results = world.told(_results_in(run_)) if resume else None
     if data.test and not results and run_.evaluate not in known:
         known[run_.evaluate] = compare(model, tokenizer, data, run_.evaluate, {"base": None})
     tracked = track(steps, "none" if results else run_.track, out, run_.to_json())
@@ -237,13 +244,19 @@ def _statistics(model: Any, method: Method, examples: Feed, run_: Run) -> Statis
     return gathered(model, method.sites(model), method.needs(), examples, run_.train, run_.calibrate_on)
 
 
-def _results_in(out: Path) -> dict[str, Any] | None:
+def _results_in(run_: Run) -> dict[str, Any] | None:
     """The results of a run that came to its end; None where it did not, or where what it left is damaged."""
+    out, now = Path(run_.out), json.loads(as_json(run_.to_json()))
     try:
-        found = json.loads((out / RESULTS).read_bytes())
-    except (OSError, ValueError):
+        found, told = (json.loads((out / name).read_bytes()) for name in (RESULTS, RUN))
+        late = list(differing(told["run"] | {"out": run_.out}, now))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, dict) and (out / TENSORS).is_file() else None
+    if not isinstance(found, dict) or not (out / TENSORS).is_file():
+        return None
+    if late:
+        _log.warning("%s holds a finished run, whose results stay as they are; not applied: %s", out, ", ".join(late))
+    return found
 
 
 class Declared(Protocol):
@@ -263,7 +276,7 @@ class Declared(Protocol):
 
 def prepare(run_: Declared) -> tuple[Any, Any, Dataset]:
     """The base, its tokenizer and the data; a base that writes no text gets a classification head for the labels."""
-    dtype = usual_dtype(None) if run_.dtype == "auto" else getattr(torch, run_.dtype)
+    dtype = dtype_of(run_.dtype)
     if models.writes(run_.base):
         model, tokenizer = models.load(run_.base, dtype=dtype, quantise=run_.quantise)
         return at_hand(model), tokenizer, open_data(run_.data, tokenizer)
@@ -273,6 +286,12 @@ def prepare(run_: Declared) -> tuple[Any, Any, Dataset]:
     labels, seed = len(data.labels), run_.train.seed
     model, tokenizer = models.load(run_.base, dtype=dtype, quantise=run_.quantise, labels=labels, seed=seed)
     return at_hand(model), tokenizer, data
+
+
+def dtype_of(dtype: Dtype) -> torch.dtype:
+    """The type of the base's numbers; what is usual here, where it is not told."""
+    told: torch.dtype = usual_dtype(None) if dtype == "auto" else getattr(torch, dtype)
+    return told
 
 
 def at_hand(model: Any) -> Any:
@@ -317,23 +336,6 @@ def encoded(
             f"{type(model).__name__} has {longest} positions in all, which leaves {left or 'none'} for an example; it "
             f"needs {error.least} or more, so take a shorter prefix"
         ) from error
-
-
-def figures(model: Any, name: str, out: Path) -> dict[str, Any]:
-    """What the run cost, all its steps together: parameters, bytes, seconds and tokens."""
-    told, steps = lk.summary(model), read_metrics(out)
-    seconds, tokens, computed = (sum(step[key] for step in steps) for key in ("seconds", "tokens", "computed"))
-    return {
-        "train_seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "tokens": tokens,
-        "computed": computed,
-        "steps": steps[-1]["step"],
-        "loss": steps[-1]["loss"],
-        "trainable_parameters": next(a.trainable for a in told.adapters if a.name == name),
-        "adapter_bytes": (out / TENSORS).stat().st_size,
-        "model_bytes": told.base_bytes,
-    }
 
 
 def versions() -> dict[str, str]:

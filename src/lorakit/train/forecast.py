@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lorakit.core.summary import size
 from lorakit.train.arithmetic import Flops
@@ -65,14 +65,9 @@ class Forecast:
         """Whether one device suffices."""
         return self.choice.devices == 1
 
-    @property
-    def parallel(self) -> Literal["ddp", "fsdp2"]:
-        """How several devices work together: each with the whole base, or with a shard of it."""
-        return "ddp" if self.fits else "fsdp2"
-
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
-        return asdict(self) | {"kept": self.kept._asdict(), "fits": self.fits, "parallel": self.parallel}
+        return asdict(self) | {"kept": self.kept._asdict(), "fits": self.fits}
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), "", *self._memory(), "", *self._work(), "", self.choice.why])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +39,12 @@ class _Sheet(NamedTuple):
     gigabytes: int
     teraflops_16: float
     teraflops_32: float
+    bfloat16: bool = True  # whether its tensor cores take it; else it is no faster than float32
 
 
 SHEETS = {
-    "t4": _Sheet(16, 65, 8.1),
-    "v100": _Sheet(32, 125, 15.7),
+    "t4": _Sheet(16, 65, 8.1, bfloat16=False),
+    "v100": _Sheet(32, 125, 15.7, bfloat16=False),
     "a10": _Sheet(24, 125, 31.2),
     "l4": _Sheet(24, 121, 30.3),
     "l40s": _Sheet(48, 362, 91.6),
@@ -68,7 +70,8 @@ def machine(name: str | None = None, dtype: torch.dtype | None = None) -> Machin
     dtype = dtype or usual_dtype(name)
     if name in SHEETS:
         sheet = SHEETS[name]
-        teraflops = sheet.teraflops_32 if dtype.itemsize > 2 else sheet.teraflops_16
+        is_slow = dtype.itemsize > 2 or (dtype == torch.bfloat16 and not sheet.bfloat16)
+        teraflops = sheet.teraflops_32 if is_slow else sheet.teraflops_16
         return Machine(name, "cuda", sheet.gigabytes * 10**9, teraflops * 1e12, "data sheet")
     if name not in AT_HAND:
         raise UnknownName(f"there is no machine called {name!r}; {nearest(name, (*AT_HAND, *SHEETS))}")
@@ -85,17 +88,20 @@ def usual_dtype(name: str | None) -> torch.dtype:
 
 
 def free_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes of RAM that are available here, or as many as the container's limit leaves."""
+    """Bytes of RAM that are available here, or as many as the container's limit leaves; a file's pages give way."""
     import psutil  # type: ignore[import-untyped]
 
     available = int(psutil.virtual_memory().available)
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return available if limit == "max" else min(available, max(int(limit) - int(used), 0))
-    except (OSError, ValueError):
+        pages = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        held = int(used) - int(pages["inactive_file"])
+        return available if limit == "max" else min(available, max(int(limit) - held, 0))
+    except (OSError, ValueError, KeyError):
         return available
 
 
+@cache
 def measured_flops(device: str, dtype: torch.dtype) -> float:
     """Operations a second in products of square matrices, larger and larger until one takes some milliseconds."""
     best, size = 0.0, 512

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Lengths:
     """How long the examples are, and how much of them is learned.
 
     Raises:
-        LorakitError: lengths below 1, or a share that is none.
+        LorakitError: lengths below 1, a mean above the longest, or a share that is none.
     """
 
     mean: float | None = None  # tokens of an average example; None: all are as long as the longest
@@ -46,6 +47,8 @@ class Lengths:
     def __post_init__(self) -> None:
         lengths = {"mean": self.mean, "longest": self.longest}
         rules = [(name, value, "at least 1", value is None or 1 <= value < math.inf) for name, value in lengths.items()]
+        if self.mean and self.longest:
+            rules.append(("mean", self.mean, f"at most longest={self.longest}", self.mean <= self.longest))
         check("plan for", [*rules, ("labelled", self.labelled, "above 0, at most 1", 0 < self.labelled <= 1)])
 
     @staticmethod
@@ -127,10 +130,14 @@ def plan(
 
 
 def plan_attached(model: Any, name: str, examples: Sequence[Encoded], settings: Train) -> Forecast:
-    """Forecast the training of an attached adapter on the machine at hand, which may hold the base already."""
+    """Forecast the training of an attached adapter on the machine at hand, which may hold the base already.
+
+    Processes that `torchrun` started on one machine share its RAM; each has a GPU of its own.
+    """
     found = machine_named(None, model.dtype)
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if found.device == "cpu" else 1
     held = summary(model).base_bytes if model.device.type == found.device else 0
-    room = replace(found, memory_bytes=found.memory_bytes + held)
+    room = replace(found, memory_bytes=found.memory_bytes // sharing + held)
     return plan(model, attached_to(model, name).method, settings, Lengths.of(examples), room)
 
 
