@@ -135,6 +135,7 @@ def told_by(bench: ModuleType, file: Path, monkeypatch: pytest.MonkeyPatch, *sce
     return dict(json.loads(file.read_text()))
 
 
+@pytest.mark.slow
 def test_on_cuda_a_large_model_is_measured_with_and_without_checkpointing(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_a_layer_that_somebody_watches_takes_the_plain_path(hook: str) -> None:
     assert seen and torch.isfinite(seen[0]).all()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_the_same_and_are_not_compiled_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call: real(call, backend="aot_eager"))

@@ -102,9 +102,19 @@ def to_int8(w_OI: Tensor) -> Packed:
 def to_int4(w_OI: Tensor) -> Packed:
     """Codes and scales of a matrix in 4 bits."""
     numbers = pad(w_OI.reshape(-1), (0, -w_OI.numel() % BLOCK)).view(-1, BLOCK)
+    if numbers.is_meta:
+        return Float4(sides(w_OI)), *_without_values(len(numbers))
     codes, how = bitsandbytes().quantize_4bit(numbers, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
     outer = {"outer_scale": how.state2.absmax, "outer_code": how.state2.code, "offset": how.offset}
     return Float4(sides(w_OI)), codes.view(torch.int8).view(-1), {"scale": how.absmax} | outer
+
+
+def _without_values(blocks: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Codes and scales of so many blocks on the meta device, which bitsandbytes does not know."""
+    with torch.device("meta"):
+        floats = {"outer_scale": torch.empty(-(-blocks // OUTER)), "outer_code": torch.empty(256)}
+        parts = {"scale": torch.empty(blocks, dtype=torch.uint8), **floats, "offset": torch.empty(())}
+        return torch.empty(blocks * BLOCK // 2, dtype=torch.int8), parts
 
 
 def sides(w_OI: Tensor) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from lorakit.core.atomic import write_files
 from lorakit.core.parsed import parsed
 from lorakit.errors import LorakitError, OutputExists, UnknownName, nearest
 from lorakit.reproduce._sweep_ray import imported, on_ray
+from lorakit.reproduce.place import refuse_place
 from lorakit.reproduce.run import LOSS, RESULTS, RUN, Known, Run, adapting, as_json, prepare, versions
 from lorakit.train import Step
 from lorakit.train.folder import apart, marks
@@ -167,6 +168,7 @@ def carry_out(
         Interrupted: Ctrl-C, once each run that had begun has its checkpoint.
     """
     out, values = Path(sweep.out), sweep.combinations()
+    refuse_place(sweep.out, resume=True)  # it may hold a sweep
     if found := marks(out):
         raise OutputExists(f"{out} holds a run (it has {', '.join(found)}); choose another folder for the sweep")
     if (out / SWEEP).exists() and not resume:
