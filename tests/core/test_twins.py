@@ -18,6 +18,12 @@ from lorakit.train import Train
 from tests.tiny import tiny
 from tests.train.small import adapted, feed
 
+
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.kernels.product._LEAST", 0)
+
+
 TWINS = {  # norms and feed-forward layers of two blocks, and the last norm
     **dict.fromkeys(("llama", "mistral", "qwen2", "gemma"), 7),
     "gemma3_text": 15,

@@ -22,6 +22,11 @@ from tests.tiny import tiny
 from tests.train.small import feed
 
 
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.kernels.product._LEAST", 0)
+
+
 def twinned(model: nn.Module) -> list[nn.Module]:
     return [module for module, *_ in Quick.of(model).places]
 

@@ -14,6 +14,11 @@ from torch import Tensor
 from lorakit.kernels.product import along_last, frozen_linear, over_tokens, product, round_number, takes
 
 
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.kernels.product._LEAST", 0)
+
+
 def laid_out(rows: int, columns: int, how: str) -> Tensor:
     """Random numbers of one shape, in memory as `how` says."""
     if how == "transposed":

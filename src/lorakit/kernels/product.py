@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.kernels.launch import PLAIN
 
+_LEAST = 2**15  # multiplications; fewer take less time than the call
+
 
 def takes(*tensors: Tensor) -> bool:
     """Whether there is something to win: plain float32 tensors on a CPU, and no compiler that looks on.
@@ -55,7 +57,8 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
         >>> torch.allclose(product(x, w), x @ w.T, atol=1e-6)
         True
     """
-    if not takes(x_TI, weight_OI, *(() if bias_O is None else (bias_O,))):
+    worth = len(x_TI) * weight_OI.numel() >= _LEAST
+    if not worth or not takes(x_TI, weight_OI, *(() if bias_O is None else (bias_O,))):
         return F.linear(x_TI, weight_OI, bias_O)
     more = round_number(len(x_TI)) - len(x_TI)
     x = F.pad(x_TI.detach(), (0, 0, 0, more)) if more else x_TI.detach()
