@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, OutputExists
 
 ONLY_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -39,6 +39,30 @@ def new_folder(folder: Path) -> Iterator[Path]:
             _sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A place to write a file that becomes `path` in one step at the end, or is gone after an error.
+
+    Raises:
+        OutputExists: `path` is there already.
+        LorakitError: the disk is full, or the place cannot be written; nothing is left behind.
+    """
+    if path.exists():
+        raise OutputExists(f"{path} exists already; name a new file")
+    done: list[str] = []
+    with _said_clearly(path, done):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with temporary as name:
+        with _said_clearly(path, done, within=Path(name)):
+            yield Path(name) / path.name
+        with _said_clearly(path, done):
+            _sync(Path(name) / path.name)
+            os.replace(Path(name) / path.name, path)
+            done.append(path.name)
+            _sync(path.parent)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -23,9 +23,12 @@ from lorakit.core.checked import misfits
 from lorakit.core.delta import Delta
 from lorakit.core.fingerprint import differences
 from lorakit.core.header import header_faults, header_of, with_header
+from lorakit.core.keys import PREFIX, ROOT, bare
 from lorakit.core.method import Method, method_of_peft
 from lorakit.core.named import fill
+from lorakit.core.pickles import read_pickle
 from lorakit.core.plan import BIAS, MODULE, Placement, Plan, misplaced
+from lorakit.core.renamed import renamed
 from lorakit.core.sites import modules_of
 from lorakit.core.state import Attached, attached_to, deltas_of, idle, own_deltas_of
 from lorakit.errors import BadAdapterFile, LorakitError, NeverActed
@@ -34,7 +37,7 @@ BaseTensor = Callable[[str], Tensor | None]  # a name -> the base's tensor of th
 
 log = logging.getLogger("lorakit")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-ROOT, PREFIX = "base_model.", "base_model.model."
+PICKLE = "adapter_model.bin"  # what PEFT wrote before safetensors
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
@@ -159,7 +162,7 @@ def load(
 
     Args:
         model: the base that the adapter was trained on.
-        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors` (or PEFT's older `.bin`).
         name: the adapter's name on this model (default: the folder's).
         trainable: whether its numbers are trained further.
         active: whether to switch to it.
@@ -192,16 +195,14 @@ def read(folder: Path) -> Contents:
     """Read a folder; what it says is sound, but not yet compared with any model.
 
     Raises:
-        BadAdapterFile: no such folder, a pickle, a truncated or newer file, a header that makes no sense, a value that
-            is not finite.
+        BadAdapterFile: no such folder, a pickle of more than tensors, a truncated or newer file, a header that makes no
+            sense, a value that is not finite.
     """
-    path = folder / TENSORS
-    if not path.is_file():
+    if not any((folder / name).is_file() for name in (TENSORS, PICKLE)):
         raise BadAdapterFile(folder, [_what_is_there(folder)])
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata, keys = file.metadata() or {}, list(file.keys())
-            tensors = {_bare(key): file.get_tensor(key) for key in keys}
+        stored, metadata = _stored(folder)
+        tensors = {bare(key): value for key, value in stored.items()}
         config = json.loads((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
         header = json.loads(metadata["lorakit"]) if "lorakit" in metadata else None
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
@@ -209,7 +210,7 @@ def read(folder: Path) -> Contents:
     faults = [f"{key} holds values that are not finite real numbers" for key, v in tensors.items() if not _is_real(v)]
     faults += misfits(config, {}, f"its {CONFIG}")
     faults += [] if "lorakit" not in metadata else header_faults(header)
-    if len(tensors) < len(keys):
+    if len(tensors) < len(stored):
         faults.append("it names a tensor twice, with and without PEFT's prefix")
     if "lorakit" not in metadata and not config:
         faults.append(f"it has no {CONFIG}")
@@ -218,18 +219,21 @@ def read(folder: Path) -> Contents:
     return Contents(config, header, tensors)
 
 
+def _stored(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors as they are named in the file, and the metadata beside them."""
+    if not (folder / TENSORS).is_file():
+        return {key: value.read() for key, value in read_pickle(folder / PICKLE).items()}, {}
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+
+
 def _what_is_there(folder: Path) -> str:
+    if folder.is_file():
+        return "it is a file; `lorakit convert` makes a folder of it"
     if not folder.is_dir():
         return "there is no such folder"
-    if any(folder.glob("adapter_model.bin")):
-        return "its adapter_model.bin is a pickle, which could run code; save it again as safetensors"
     inner = sorted(path.parent.name for path in folder.glob(f"*/{TENSORS}"))
     return f"it holds no {TENSORS}" + (f"; adapters lie in its folders {', '.join(inner)}" if inner else "")
-
-
-def _bare(key: str) -> str:
-    key = key.replace("_orig_mod.", "")
-    return key.removeprefix(PREFIX) if key.startswith(PREFIX) else key.removeprefix("base_model.")  # so with a prompt
 
 
 def _is_real(value: Tensor) -> bool:
@@ -287,9 +291,9 @@ def _of_header(model: nn.Module, folder: Path, header: Mapping[str, Any], *, any
 
 def _of_peft(model: nn.Module, folder: Path, found: Contents, base: BaseTensor) -> tuple[Attached, dict[str, Tensor]]:
     log.warning("%s carries no fingerprint: base not verified", folder)
-    kind = method_of_peft(found.config)
-    method, plan = kind.from_peft(found.config, found.tensors, model)
-    kept, biases = _without_base_copies(plan, folder, found.tensors, base)
+    kind, tensors = method_of_peft(found.config), renamed(found.tensors, model)
+    method, plan = kind.from_peft(found.config, tensors, model)
+    kept, biases = _without_base_copies(plan, folder, tensors, base)
     return Attached(method, (*plan, *biases), trainable=False), kept
 
 

@@ -1,8 +1,5 @@
 """LoRA in PEFT's words: the fields of `adapter_config.json` and the names and shapes of its tensors.
 
-Ranks and scales are written without ambiguity: `r` and `lora_alpha` are the commonest values, and every other layer has
-a pattern of its own that is its escaped full path, so the order of patterns cannot matter.
-
 Stacked experts are PEFT's `target_parameters`: A is (E R, in), all rows of one expert together, B (out, R E), all
 experts of one rank together. PEFT wraps a module once for each of its parameters, the first innermost, and names the
 tensors by the wrapper, not the parameter. It knows no dropout there, and refuses a config that tells one.
@@ -11,7 +8,6 @@ tensors by the wrapper, not the parameter. It knows no dropout there, and refuse
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,7 +16,9 @@ from torch import Tensor, nn
 
 from lorakit.core.checked import misfits
 from lorakit.core.experts import WEIGHT, experts_of
+from lorakit.core.keys import wrappers
 from lorakit.core.layouts import Conv1DLayout, Conv2dLayout, Layout
+from lorakit.core.patterns import alpha_of, commonest, fields_of, pattern_faults, residual
 from lorakit.core.plan import Placement
 from lorakit.core.sites import modules_of, resolve
 from lorakit.errors import BadAdapterFile, NoSuchTarget
@@ -85,14 +83,10 @@ def write(
         alphas[whole] = _first(group).alpha * (math.sqrt(share) if rooted else share)
         tensors |= _named(name, group[0].layout, a_RI, b_OR)
         stacked += [whole] if a_RI.dim() > 2 else []
-    rank, alpha = peft.commonest(ranks.values(), 8), peft.commonest(alphas.values(), 16.0)
     config = {
-        "r": rank,
-        "lora_alpha": peft.plain(alpha),
+        **fields_of(ranks, alphas),
         "target_modules": [path for path in ranks if path not in stacked],
         "target_parameters": stacked or None,
-        "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(path): peft.plain(a) for path, a in alphas.items() if a != alpha},
         "fan_in_fan_out": any(isinstance(delta.layout, Conv1DLayout) for delta in deltas),
         "init_lora_weights": True,
         "use_dora": False,
@@ -113,17 +107,8 @@ def _blocks(deltas: Sequence[Pair]) -> Iterator[_Block]:
         found: dict[str, list[Pair]] = {}
         for delta in group:
             found.setdefault(delta.placement.parameter, []).append(delta)
-        for name, (parameter, own) in zip(_wrappers(path, len(found)), found.items(), strict=True):
+        for name, (parameter, own) in zip(wrappers(path, len(found)), found.items(), strict=True):
             yield _Block(name, path if parameter == WEIGHT else f"{path}.{parameter}", own)
-
-
-def _wrappers(path: str, count: int) -> list[str]:
-    """PEFT's names of the wrappers around a module, the innermost first.
-
-    >>> _wrappers("experts", 2)
-    ['experts.base_layer', 'experts']
-    """
-    return [path + ".base_layer" * (count - 1 - number) for number in range(count)]
 
 
 def _together(group: list[Pair]) -> tuple[Tensor, Tensor]:
@@ -219,8 +204,8 @@ def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
 def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """LoRA's fields from a PEFT config and the tensors beside it."""
     used = [words for key, words in UNREADABLE.items() if config.get(key)]
-    faults = [f"it uses {words}, which lorakit's LoRA cannot read" for words in used]
-    faults += misfits(config, READ, "its adapter_config.json") or peft.pattern_faults(config)
+    faults = [f"it uses {words}, which lorakit's LoRA cannot read" for words in used] + residual(config)
+    faults += misfits(config, READ, "its adapter_config.json") or pattern_faults(config)
     stacked = {} if faults else _stacked(config.get("target_parameters") or (), model)
     rows = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
     found = {name[: -len(end)]: count for name, count in rows.items() for end in A_NAMES if name.endswith(end)}
@@ -231,10 +216,10 @@ def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.M
         faults += [f"{name} has {count} rows for {experts} experts"] if count % experts else []
     if not ranks:
         faults.append("it has no LoRA tensors")
-    alphas = {} if faults else {path: peft.alpha_of(config, path, rank, faults) for path, rank in ranks.items()}
+    alphas = {} if faults else {path: alpha_of(config, path, rank, faults) for path, rank in ranks.items()}
     if faults:
         raise BadAdapterFile("the PEFT adapter", faults)
-    rank, alpha = peft.commonest(ranks.values(), 8), peft.commonest(alphas.values(), 16.0)
+    rank, alpha = commonest(ranks.values(), 8), commonest(alphas.values(), 16.0)
     return {
         "rank": rank,
         "alpha": float(alpha),
@@ -254,7 +239,7 @@ def _stacked(told: Sequence[str], model: nn.Module) -> dict[str, tuple[str, int]
     for path, module in modules_of(model):
         own = {f"{path}.{name}": experts.count for name, experts in experts_of(module).items()}
         meant = [(whole, count) for whole, count in own.items() if any(f".{whole}".endswith(f".{t}") for t in told)]
-        found |= dict(zip(_wrappers(path, len(meant)), meant, strict=True))
+        found |= dict(zip(wrappers(path, len(meant)), meant, strict=True))
     return found
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -15,7 +12,6 @@ from lorakit.core.plan import Placement
 from lorakit.core.sites import is_tail, modules_of
 from lorakit.errors import BadAdapterFile
 
-log = logging.getLogger("lorakit")
 WHERE = {"target_modules": list[str] | str | None, "modules_to_save": list[str] | None}
 CONFIG = "its adapter_config.json"
 
@@ -98,55 +94,3 @@ def trained(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[s
 
 def _is_saved(module: str, tensors: Mapping[str, Tensor]) -> bool:
     return any(is_tail(name, f"{module}.weight") or f".{module}." in f".{name}" for name in tensors)
-
-
-def pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    """Patterns that are no regular expressions."""
-    for key in [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
-        try:
-            re.compile(key)
-        except (re.error, RecursionError, OverflowError) as error:
-            yield f"its pattern {key!r} cannot be read ({error})"
-
-
-def rank_of(config: Mapping[str, Any], path: str) -> Any:
-    """The rank that a config tells for one layer; None where it tells none."""
-    patterns = config.get("rank_pattern") or {}
-    return next((rank for key, rank in patterns.items() if matches(key, path)), config.get("r"))
-
-
-def alpha_of(config: Mapping[str, Any], path: str, rank: int, faults: list[str], key: str = "lora_alpha") -> float:
-    """The alpha of one layer: PEFT takes the first matching pattern, after sorting them on save.
-
-    The sorting loses the author's order, so the rank that a pattern gives is checked against the tensor: where the
-    first match is wrong, the matching pattern of the right rank is the author's, for alpha too.
-    """
-    rank_patterns, alpha_patterns = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    matched = [pattern for pattern in rank_patterns if matches(pattern, path)]
-    default = float(8 if config.get(key) is None else config[key])  # 8 is PEFT's own default
-    first = next((float(a) for pattern, a in alpha_patterns.items() if matches(pattern, path)), default)
-    expected = rank_patterns[matched[0]] if matched else config.get("r", rank)
-    if expected == rank:
-        return first
-    fitting = [pattern for pattern in matched if rank_patterns[pattern] == rank]
-    if not fitting:
-        faults.append(f"{path} has rank {rank}, but the config says {expected}")
-        return first
-    log.warning("rank_pattern of %s was reordered by PEFT; rank %d of its tensors decides", path, rank)
-    return float(alpha_patterns.get(fitting[0], first))
-
-
-def matches(key: str, path: str) -> bool:
-    """Whether a pattern of PEFT's means a layer."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def commonest(values: Any, default: Any) -> Any:
-    """The value that stands most often."""
-    counted = Counter(values).most_common(1)
-    return counted[0][0] if counted else default
-
-
-def plain(number: float) -> float | int:
-    """A whole number as an integer, as PEFT writes it."""
-    return int(number) if float(number).is_integer() else number

@@ -16,6 +16,7 @@ from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv1DLayout
 from lorakit.core.method import Rules, Tensors
 from lorakit.core.named import fill
+from lorakit.core.patterns import plain
 from lorakit.core.plan import Placement, Plan
 from lorakit.core.sites import Site
 from lorakit.errors import BadAdapterFile
@@ -152,7 +153,7 @@ class AdaLoRA(Budgeted):
         return {
             "init_r": room,
             "target_r": min(self.rank_target * room // self.rank_start, room),
-            "lora_alpha": peft.plain(self.alpha * ((room + EPSILON) / (self.rank_start + EPSILON))),
+            "lora_alpha": plain(self.alpha * ((room + EPSILON) / (self.rank_start + EPSILON))),
             "lora_dropout": self.dropout,
             "bias": self.bias,
             "tinit": tinit,

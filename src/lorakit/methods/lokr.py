@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lorakit.core import patterns
 from lorakit.core.delta import Delta
 from lorakit.core.layouts import Conv1DLayout, Layout, layout_of
 from lorakit.core.method import Rules, Tensors
@@ -111,11 +112,11 @@ class LoKr(Targeted):
         places = {delta.placement.path: delta.placement for delta in deltas}
         config = {
             "r": self.rank,
-            "alpha": peft.plain(self.alpha),
+            "alpha": patterns.plain(self.alpha),
             "target_modules": list(places),
             "rank_pattern": {re.escape(path): p.rank for path, p in places.items() if p.rank != self.rank},
             "alpha_pattern": {
-                re.escape(path): peft.plain(p.alpha) for path, p in places.items() if p.alpha != self.alpha
+                re.escape(path): patterns.plain(p.alpha) for path, p in places.items() if p.alpha != self.alpha
             },
             "decompose_both": self.decompose_both,
             "decompose_factor": self.factor,
@@ -127,18 +128,18 @@ class LoKr(Targeted):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], tensors: Tensors, model: nn.Module) -> tuple[Self, Plan]:
         """The method of a PEFT folder; ranks come from the factors, where there are any."""
-        peft.refuse_misfits(config, READ, peft.pattern_faults(config) if isinstance(config, dict) else ())
+        peft.refuse_misfits(config, READ, patterns.pattern_faults(config) if isinstance(config, dict) else ())
         dropped = [key for key in ("rank_dropout", "module_dropout") if config.get(key)]
         if dropped:
             log.warning("the adapter was trained with %s, which lorakit's lokr lacks", " and ".join(dropped))
         ranks = {path: _rank(path, config, tensors) for path in _paths(tensors)}
         faults: list[str] = []
-        alphas = {path: peft.alpha_of(config, path, rank, faults, "alpha") for path, rank in ranks.items()}
+        alphas = {path: patterns.alpha_of(config, path, rank, faults, "alpha") for path, rank in ranks.items()}
         if faults:
             raise BadAdapterFile("the PEFT adapter", faults)
         method = cls(
-            rank=peft.commonest(ranks.values(), 8),
-            alpha=float(peft.commonest(alphas.values(), 8.0)),
+            rank=patterns.commonest(ranks.values(), 8),
+            alpha=float(patterns.commonest(alphas.values(), 8.0)),
             targets=peft.targets(config.get("target_modules"), set(ranks), model),
             factor=config.get("decompose_factor") or NEAREST,
             decompose_both=bool(config.get("decompose_both")),
@@ -266,7 +267,7 @@ def _paths(tensors: Tensors) -> list[str]:
 def _rank(path: str, config: Mapping[str, Any], tensors: Tensors) -> int:
     factors = (tensors.get(f"{path}.{PREFIX}{name}") for name in ("w2_b", "w1_b"))
     found = next((value.shape[0] for value in factors if value is not None and value.dim()), None)
-    return max(int(found or peft.rank_of(config, path) or 8), 1)
+    return max(int(found or patterns.rank_of(config, path) or 8), 1)
 
 
 def _as_told(placement: Placement, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Placement:
