@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from lorakit.core.delta import Delta, stands_in
 from lorakit.core.fingerprint import same_values
 from lorakit.core.merge import folded
 from lorakit.core.plan import BIAS, MODULE
-from lorakit.errors import BadAdapterFile, BadModel, LorakitError, NotMergeable, OutputExists
+from lorakit.errors import BadAdapterFile, BadModel, NotMergeable, OutputExists
+from lorakit.interop.checkpoint import Checkpoint, parent, skeleton, tail
 from lorakit.interop.shards import INDEX, NAMES, SINGLE, Entry, entries, shards_of, write_header, write_tensor
 
 Watch = Callable[[str, int, int], None]
@@ -53,8 +53,8 @@ def merge_checkpoint(
     shards = {shard: entries(shard) for shard in shards_of(base)}
     found = files.read(adapter)
     saved = (found.header or {}).get("base", {})
-    model = _skeleton(base, saved)
-    checkpoint = _Checkpoint(model, {key: entry for each in shards.values() for key, entry in each.items()})
+    model = skeleton(base, saved)
+    checkpoint = Checkpoint(model, {key: entry for each in shards.values() for key, entry in each.items()})
     record, deltas = files.fitted(model, adapter, found, any_base=any_base, base=checkpoint.value, device="cpu")
     refuse_tied(model, record.method, record.plan)
     job = _Job(model, checkpoint, [delta for _, delta in deltas], {} if any_base else saved.get("samples", {}))
@@ -64,72 +64,10 @@ def merge_checkpoint(
         _write_shards(job, list(shards.items()), folder, watch or (lambda *_: None))
 
 
-def _skeleton(base: Path, saved: Mapping[str, Any]) -> nn.Module:
-    """The base without values, on the meta device."""
-    import transformers
-
-    with _reading(base):
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-        if saved.get("labels"):
-            config.num_labels = saved["labels"]
-        name = saved.get("architecture") or (config.architectures or ["AutoModel"])[0]
-        kind: Any = getattr(transformers, name, None)
-        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-        if not is_model or kind.config_class is None:
-            raise BadModel(f"{base} is a {name}, which transformers {transformers.__version__} has no model for")
-        if not isinstance(config, kind.config_class):
-            of_type = f"its base is a {name}, but {base} is of the type {config.model_type}"
-            raise BadAdapterFile("the adapter", [of_type])
-        config.architectures = [name]
-        with torch.device("meta"):
-            return kind(config)
-
-
-@contextmanager
-def _reading(base: Path) -> Iterator[None]:
-    try:
-        yield
-    except LorakitError:
-        raise
-    except Exception as error:  # a config can be wrong in as many ways as there are models
-        raise BadModel(f"{base} cannot be read as a model: {' '.join(str(error).split())}") from error
-
-
-class _Checkpoint:
-    """The base's tensors on disk, by their names in the model."""
-
-    def __init__(self, model: nn.Module, found: Mapping[str, Entry]) -> None:
-        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        self.own = dict(model.named_parameters(remove_duplicate=False))
-        self.found = {self.name(key): entry for key, entry in found.items()}
-        self.shared = {id(self.own[name]): entry for name, entry in self.found.items() if name in self.own}
-
-    def name(self, key: str) -> str:
-        """The model's name for a tensor of the checkpoint (which may have been saved without the head's prefix)."""
-        names = (key, self.prefix + key, key.removeprefix(self.prefix))
-        return next((name for name in names if name in self.own), key)
-
-    def check(self, path: str) -> None:
-        """Refuse a module whose tensors here are not those that the config tells of."""
-        for name, entry in self.found.items():
-            if _parent(name) == path and name in self.own and entry.shape != tuple(self.own[name].shape):
-                told = tuple(self.own[name].shape)
-                raise BadModel(f"{name} has shape {entry.shape} in {entry.shard}, but the model needs {told}")
-
-    def entry(self, name: str) -> Entry | None:
-        """A tensor by its name, or by that of one that shares its memory; None where the checkpoint has none."""
-        return self.found.get(name) or self.shared.get(id(self.own.get(name)))
-
-    def value(self, name: str) -> Tensor | None:
-        """The values of `entry`."""
-        entry = self.entry(name)
-        return None if entry is None else entry.read()
-
-
 class _Job:
     """What is to be merged: the checkpoint, and the deltas by the paths of their modules."""
 
-    def __init__(self, model: nn.Module, checkpoint: _Checkpoint, deltas: list[Delta], saved: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, deltas: list[Delta], saved: dict[str, Any]) -> None:
         self.checkpoint, self.found, self.saved = checkpoint, checkpoint.found, saved
         self.deltas: dict[str, list[Delta]] = {}
         for delta in deltas:
@@ -144,13 +82,13 @@ class _Job:
         hosts = self.hosts.get(name) or self.hosts.get(same)
         if not hosts:
             return None
-        entries = ((key, entry) for key, entry in self.found.items() if _parent(key) == _parent(name))
-        values = {_tail(key): entry.read() for key, entry in entries}
-        self._verify(_parent(same), values)
+        entries = ((key, entry) for key, entry in self.found.items() if parent(key) == parent(name))
+        values = {tail(key): entry.read() for key, entry in entries}
+        self._verify(parent(same), values)
         for path, prefix in hosts:
             merged = folded({f"{prefix}{tail}": value for tail, value in values.items()}, [(self.deltas[path], None)])
             values |= {key.removeprefix(prefix): value for key, value in merged.items()}
-        new = values[_tail(name)]
+        new = values[tail(name)]
         if not new.isfinite().all():
             raise NotMergeable(f"merging gives {name} a value that is not finite")
         return new
@@ -199,16 +137,8 @@ def _hosts(model: nn.Module, deltas: Mapping[str, list[Delta]]) -> dict[str, lis
     for path in (path for path, _ in model.named_modules() if path in deltas):
         module = model.get_submodule(path)
         for key in dict.fromkeys(key for delta in deltas[path] for key in delta.weights(module)):
-            hosts.setdefault(f"{path}.{key}", []).append((path, key.removesuffix(_tail(key))))
+            hosts.setdefault(f"{path}.{key}", []).append((path, key.removesuffix(tail(key))))
     return hosts
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _tail(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _copy_the_rest(base: Path, folder: Path) -> None:

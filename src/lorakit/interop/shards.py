@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorakit.core.checked import misfits
-from lorakit.errors import BadModel
+from lorakit.core.values import Value
+from lorakit.errors import BadAdapterFile, BadModel
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,6 +32,8 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -54,6 +57,11 @@ class Entry:
             data = bytearray(file.read(self.size))
         flat = torch.frombuffer(data, dtype=DTYPES[self.dtype]) if data else torch.empty(0, dtype=DTYPES[self.dtype])
         return flat.reshape(self.shape)
+
+    @property
+    def value(self) -> Value:
+        """The tensor, to be read later."""
+        return Value(self.shape, DTYPES.get(self.dtype, torch.uint8), self.read)
 
     def chunks(self) -> Iterator[bytes]:
         """The tensor's bytes, a few at a time."""
@@ -106,15 +114,20 @@ def entries(shard: Path) -> dict[str, Entry]:
     Raises:
         BadModel: the file is damaged.
     """
+    return opened(shard)[0]
+
+
+def opened(shard: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """`entries`, and the metadata beside them."""
     with _reading(shard):
         with safe_open(shard, framework="pt"):  # checks the header, and that the tensors fill the file
             pass
         with shard.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     found = {name: _entry(shard, 8 + length, told) for name, told in header.items()}
-    return dict(sorted(found.items(), key=lambda item: item[1].start))
+    return dict(sorted(found.items(), key=lambda item: item[1].start)), metadata
 
 
 def _entry(shard: Path, offset: int, told: Mapping[str, Any]) -> Entry:
@@ -122,14 +135,16 @@ def _entry(shard: Path, offset: int, told: Mapping[str, Any]) -> Entry:
     return Entry(shard, told["dtype"], tuple(told["shape"]), offset + start, end - start)
 
 
-def write_header(file: BinaryIO, tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> None:
+def write_header(
+    file: BinaryIO, tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Begin a safetensors file whose tensors (name, dtype, shape, bytes) follow in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     at = 0
     for name, dtype, shape, size in tensors:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
 
@@ -137,3 +152,19 @@ def write_header(file: BinaryIO, tensors: Sequence[tuple[str, str, tuple[int, ..
 def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
     """Append a tensor's bytes."""
     file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_values(path: Path, values: Mapping[str, Value], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, holding one tensor at a time; the same values give the same bytes.
+
+    Raises:
+        BadAdapterFile: a value that is no finite real number.
+    """
+    order = sorted(values.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # each begins at a multiple
+    with path.open("wb") as file:
+        write_header(file, [(key, NAMES[each.dtype], each.shape, each.bytes) for key, each in order], metadata)
+        for key, each in order:
+            tensor = each.read()
+            if tensor.is_complex() or not tensor.float().isfinite().all():
+                raise BadAdapterFile("the adapter", [f"{key} holds values that are not finite real numbers"])
+            write_tensor(file, tensor)

@@ -1,0 +1,1 @@
+"""One file a program; its name is what `lorakit check --for` takes."""

@@ -1,0 +1,1 @@
+"""One file a format; its name is what `lorakit convert --to` takes."""
