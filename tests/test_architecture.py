@@ -43,6 +43,7 @@ FOUND_BY_NAME = ("lorakit.methods", "lorakit.inits", "lorakit.families")  # the 
 HEAVY = (
     *("triton", "tensorboard", "mlflow", "wandb", "trackio", "ray"),
     *("transformers", "datasets", "pyarrow", "pandas", "gguf", "peft", "trl", "accelerate"),
+    *("plotly", "jinja2", "huggingface_hub"),
     *("matplotlib", "rich", "jsonargparse", "fastapi", "starlette", "uvicorn"),
 )
 EVERY_FILE = [pytest.param(path, id=module_name(path)) for path in package_files()]

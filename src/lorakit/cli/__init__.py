@@ -43,9 +43,7 @@ def _run(words: list[str]) -> int:
 
     verb = registry.find(PACKAGE, words[0])
     options = _declare.parse(verb.Options, words[0], (verb.__doc__ or "").splitlines()[0], words[1:])
-    if options is not None:
-        verb.main(options)
-    return 0
+    return 0 if options is None else verb.main(options) or 0
 
 
 def _overview() -> str:

@@ -92,6 +92,11 @@ def _fields(kind: type, chosen: type[Method] | None = None) -> Iterator[tuple[Fi
         yield field, chosen if chosen and hint is Method else hint
 
 
+def _flag(field: Field[Any]) -> str:
+    """What a field's flag is called: its name, without the underscore that keeps it from being a word of Python's."""
+    return field.name.removesuffix("_")
+
+
 def _is_part(hint: Any) -> bool:
     """Whether a field of this type holds a dataclass, and so stands for that dataclass's flags."""
     return isinstance(hint, type) and is_dataclass(hint)
@@ -112,7 +117,7 @@ def _leaves(
 ) -> Iterator[tuple[str, _Leaf]]:
     texts = help_of(kind)
     for field, hint in _fields(kind, chosen):
-        path = f"{prefix}{field.name}"
+        path = f"{prefix}{_flag(field)}"
         if _is_part(hint):
             yield from _leaves(hint, chosen, f"{path}.", optional=optional or OVERRIDES in field.metadata)
         else:
@@ -123,7 +128,8 @@ def _add(parser: Any, path: str, leaf: _Leaf) -> None:
     field, text = leaf.field, leaf.text
     hint = leaf.hint | str if leaf.hint == NAMES else leaf.hint  # names may be separated by commas, too
     if field.metadata.get("positional"):
-        parser.add_argument(path, type=hint, help=text, **field.metadata.get("options", {}))
+        several = {"type": str, "nargs": "+"} if leaf.hint == NAMES else {"type": hint}
+        parser.add_argument(path, help=text, **several)
     elif hint is bool and leaf.field.default is not True:  # one that holds unless told otherwise takes a value
         parser.add_argument(f"--{path}", action="store_true", help=text)
     else:
@@ -166,7 +172,11 @@ def _said(kind: type, table: Mapping[str, Any], prefix: str = "--") -> Iterator[
 
 
 def _spelled_out(kind: type, word: str) -> str:
-    """`--data reviews` means `--data.source reviews`, `--method lora` `--method.name lora`, `--dry-run` `--dry_run`."""
+    """`--data reviews` means `--data.source reviews`, `--method lora` `--method.name lora`, `--dry-run` `--dry_run`.
+
+    And -o means --out, for every verb that has it.
+    """
+    word = word.replace("-o", "--out", 1) if re.match(r"-o(=|$)", word) else word
     head, equals, value = word.partition("=")
     if head.startswith("--"):
         head = "--" + head[2:].replace("-", "_")
@@ -250,7 +260,7 @@ def words_of(kind: type, values: Mapping[str, Any]) -> list[str]:
 
 def _words(field: Field[Any], value: Any, prefix: str = "--") -> Iterator[str]:
     """A field's value as flags, where it is not the default; the parts of a part each by itself."""
-    path, default = f"{prefix}{field.name}", field.default
+    path, default = f"{prefix}{_flag(field)}", field.default
     if is_dataclass(value):
         told = value.to_json() if isinstance(value, Method) else vars(value)
         if isinstance(value, Method):
@@ -270,11 +280,11 @@ def _values(kind: type, chosen: type[Method], found: Mapping[str, Any]) -> dict[
     """The values of a dataclass's fields, out of what the parser found."""
     given: dict[str, Any] = {}
     for field, hint in _fields(kind, chosen):
-        value = found.get(field.name)
+        value = found.get(_flag(field))
         if _is_part(hint):
             below = _values(hint, chosen, value or {})
             given[field.name] = below if OVERRIDES in field.metadata else hint(**below)
-        elif field.name in found:
+        elif _flag(field) in found:
             value = value.split(",") if hint == NAMES and isinstance(value, str) else value
             given[field.name] = tuple(value) if isinstance(value, list) else value
     return given

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorakit.models.adopt import adopt
 from lorakit.models.cache import cache_folder
 from lorakit.models.gguf import convert
-from lorakit.models.loading import folder, load, writes
+from lorakit.models.loading import folder, gguf_file, load, writes
 from lorakit.models.longest import longest
 from lorakit.models.quantise import Quantise, dequantise, quantise
 
@@ -16,6 +16,7 @@ __all__ = [
     "convert",
     "dequantise",
     "folder",
+    "gguf_file",
     "load",
     "longest",
     "quantise",

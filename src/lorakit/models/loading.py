@@ -104,6 +104,19 @@ def folder(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(place.name, local_files_only=place.local))
 
 
+def gguf_file(name: str) -> Path:
+    """The GGUF file of a model that `load` knows.
+
+    Raises:
+        BadModel: it is no GGUF file.
+        MissingPackage: the package that holds it is not installed.
+    """
+    path = _path(name)
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        raise BadModel(f"{name} is no GGUF file, and only into one can GGUF be merged; name one with --base")
+    return path
+
+
 def writes(name: str) -> bool:
     """Whether the model writes text (it has a language-model head); its weights are not read.
 
@@ -117,10 +130,15 @@ def writes(name: str) -> bool:
         return _kind(AutoConfig.from_pretrained(place.name, **place.options()), None) is AutoModelForCausalLM
 
 
-def _place(name: str) -> _Place:
-    path = Path(name).expanduser()
+def _path(name: str) -> Path:
+    """Where a model lies that is named by its path, or that ships in a package."""
     if name.replace("_", "-") in registry.names(PACKAGED):
-        path = registry.find(PACKAGED, name).model.path()
+        return registry.find(PACKAGED, name).model.path()
+    return Path(name).expanduser()
+
+
+def _place(name: str) -> _Place:
+    path = _path(name)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return _Place(str(convert(path)), local=True, gguf=path)
     if path.is_dir():
