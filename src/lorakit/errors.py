@@ -11,6 +11,7 @@ LorakitError                 anything a user can mend; the command line prints i
 ├── NeverActed               a trained delta that no forward pass ever called
 ├── BadRouting               rows or weights that do not fit the batch or the method
 ├── BadAdapterFile           every fault of an adapter folder, listed
+├── NotComparable            matrices that cannot be compared or decomposed (also a ValueError)
 ├── BadModel                 a model folder or file that cannot be read
 ├── BadData                  a data file, row or column that cannot be used
 │   └── TooShort             a length at which nothing is left to learn from
@@ -71,6 +72,10 @@ class BadAdapterFile(LorakitError):
         self.faults = list(faults)
         shown = "; ".join(self.faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         super().__init__(f"{where} cannot be loaded: {shown}")
+
+
+class NotComparable(LorakitError, ValueError):
+    """Matrices that cannot be compared or decomposed."""
 
 
 class BadModel(LorakitError):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorakit.analyse.randomised import Top, Weight, product
 from lorakit.analyse.subspace import Frames, expected_grid, finite, grid, refuse_above
+from lorakit.errors import NotComparable
 
 Products = Callable[[Tensor], Tensor]  # V (I, R) -> W V (O, R), in float64
 
@@ -41,7 +42,7 @@ def against(weight: Weight | Products, update: Frames, own: Top, rank: int | Non
     """Table 7 for one matrix, at `rank` or all of the update's directions; of W, W V (out, R) alone is needed.
 
     Raises:
-        ValueError: matrices of different shapes, more directions than either has, or NaN.
+        NotComparable: matrices of different shapes, more directions than either has, or NaN.
 
     >>> from lorakit.analyse.randomised import top
     >>> from lorakit.analyse.subspace import directions
@@ -76,7 +77,7 @@ def overlap(own: Top, update: Frames) -> dict[str, tuple[Tensor, Tensor]]:
     The paper takes a tenth of W's directions: `top(weight, min(shape) // 10)`.
 
     Raises:
-        ValueError: matrices of different shapes.
+        NotComparable: matrices of different shapes.
 
     >>> from lorakit.analyse.randomised import top
     >>> from lorakit.analyse.subspace import directions
@@ -115,7 +116,7 @@ def amplification(weight_OI: Tensor, delta_OI: Tensor, rank: int) -> float:
 def _refuse_other_shapes(own: Top, update: Frames) -> None:
     shape = len(update.left_OR), len(update.right_IR)
     if shape != own.shape:
-        raise ValueError(
+        raise NotComparable(
             f"an update {shape[0]} x {shape[1]} cannot be held against a weight {own.shape[0]} x {own.shape[1]}; "
             "take the base that the adapter was trained on"
         )

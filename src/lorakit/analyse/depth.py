@@ -16,6 +16,7 @@ from torch import Tensor
 from lorakit.analyse.subspace import Pair, factors, finite, refuse_above
 from lorakit.core.exchange import Factored
 from lorakit.core.statistics import FOLDS, Moment
+from lorakit.errors import NotComparable
 from lorakit.inits._geometry import spline
 from lorakit.inits._spatial import components, cross_validated, problem
 
@@ -53,7 +54,7 @@ def over_depth(updates: Iterable[Factored], side: Literal["input", "output"]) ->
     up, `output` of o and down. A head's channels, or an MLP's hidden ones, are other units in every layer.
 
     Raises:
-        ValueError: updates of several roles, twice of one layer, of no layer, or of different shapes.
+        NotComparable: updates of several roles, twice of one layer, of no layer, or of different shapes.
 
     >>> pair = torch.tensor([[3.0, 4.0]]), torch.ones(1, 1)
     >>> updates = [Factored(f"layers.{n}.q", f"layers.{n}.q", "q", n, 1, (1, 2), lambda: pair) for n in (0, 2)]
@@ -65,7 +66,7 @@ def over_depth(updates: Iterable[Factored], side: Literal["input", "output"]) ->
     roles, shapes = Counter(each.role for each in found), Counter(each.shape for each in found)
     layers = tuple(each.layer for each in found if each.layer is not None)
     if len(roles) != 1 or len(shapes) != 1 or len(set(layers)) != len(found):
-        raise ValueError(
+        raise NotComparable(
             "patterns over depth need updates of one role and shape, one a layer; there are "
             f"{len(found)} updates, roles {sorted(roles)}, shapes {sorted(shapes)} and {len(set(layers))} layers"
         )
@@ -85,7 +86,7 @@ def patterns(
     layers and five units for each fold, and zero (plain principal components) below.
 
     Raises:
-        ValueError: more patterns than layers or units, units that do not differ, layers that do not rise, or NaN.
+        NotComparable: more patterns than layers or units, units that do not differ, layers that do not rise, or NaN.
 
     >>> found = patterns(torch.tensor([[1.0, 3.0], [2.0, 4.0], [3.0, 5.0], [4.0, 6.0]]), 1)
     >>> found.mean_L.tolist(), found.patterns_LK.T.round(decimals=9).tolist(), found.layers
@@ -96,11 +97,11 @@ def patterns(
     refuse_above(count, min(units, depth))
     places_L = torch.tensor([*range(depth)] if layers is None else [*layers]).double()
     if len(places_L) != depth or bool((places_L.diff() <= 0).any()):
-        raise ValueError(f"{depth} layers need as many numbers that rise, not {places_L.long().tolist()}")
+        raise NotComparable(f"{depth} layers need as many numbers that rise, not {places_L.long().tolist()}")
     mean_L = values_FL.mean(0)
     centred_FL = values_FL - mean_L
     if units < 2 or float(centred_FL.norm()) <= 1e-6 * float(values_FL.norm()):
-        raise ValueError(f"the {units} units have the same profile over depth, so that it is their only pattern")
+        raise NotComparable(f"the {units} units have the same profile over depth, so that it is their only pattern")
     given = problem(_folds(centred_FL), spline(places_L), centred_FL.device)
     if penalties is None:
         enough = depth >= LEAST_LAYERS and units >= 5 * FOLDS

@@ -16,6 +16,7 @@ from lorakit.analyse.spectra import EPSILON, effective_between, numerical_rank
 from lorakit.analyse.subspace import Pair, factors, finite, refuse_above
 from lorakit.core.exchange import Factored
 from lorakit.core.values import Value, value_of
+from lorakit.errors import NotComparable
 
 EXACT: Final = 1024  # smaller sides up to this are decomposed exactly: about a second, and 8 MiB each
 ROWS: Final = 1024  # of a block
@@ -71,7 +72,7 @@ def blocks(weight: Weight, plus: Factored | Pair | None = None) -> Blocks:
         weight = value_of(weight)
     if isinstance(weight, Value):
         if len(weight.shape) != 2:
-            raise ValueError(f"a weight {tuple(weight.shape)} is no matrix (out, in); flatten its last dimensions")
+            raise NotComparable(f"a weight {tuple(weight.shape)} is no matrix (out, in); flatten its last dimensions")
         read = weight.read
         weight = Blocks((weight.shape[0], weight.shape[1]), lambda: read().split(ROWS))
     return weight if plus is None else _sum(weight, *factors(plus))
@@ -79,7 +80,7 @@ def blocks(weight: Weight, plus: Factored | Pair | None = None) -> Blocks:
 
 def _sum(weight: Blocks, a_RI: Tensor, b_OR: Tensor) -> Blocks:
     if (len(b_OR), a_RI.shape[1]) != weight.shape:
-        raise ValueError(
+        raise NotComparable(
             f"an update {len(b_OR)} x {a_RI.shape[1]} does not fit a weight {weight.shape[0]} x {weight.shape[1]}; "
             "take the base that the adapter was trained on"
         )
@@ -111,7 +112,7 @@ def top(
     vectors of either side.
 
     Raises:
-        ValueError: more directions than W has, no pass, or W is not finite.
+        NotComparable: more directions than W has, no pass, or W is not finite.
 
     >>> found = top(torch.diag(torch.tensor([3.0, 4.0])), 1)
     >>> found.values_R.tolist(), found.captured, found.numerical
@@ -121,7 +122,7 @@ def top(
     side = min(matrix.shape)
     refuse_above(rank, side)
     if passes < 1:
-        raise ValueError(f"no direction is found in {passes} passes over a weight; make 1 or more")
+        raise NotComparable(f"no direction is found in {passes} passes over a weight; make 1 or more")
     if side <= exact or side < 2 * width:
         return _decomposed(matrix, rank)
     generator = torch.Generator().manual_seed(seed)

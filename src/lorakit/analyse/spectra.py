@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorakit.analyse.subspace import factors
 from lorakit.core.exchange import Factored
+from lorakit.errors import NotComparable
 
 KEPT: Final = 0.99  # of ‖ΔW‖_F²: what a rank must keep, or it is wasted
 EPSILON: Final = torch.finfo(torch.float32).eps  # of the numbers in which updates and weights are held
@@ -69,7 +70,7 @@ def spectra(updates: Iterable[Factored]) -> list[Spectrum]:
     """The spectrum of each update, read one at a time; no matrix (out, in) is formed.
 
     Raises:
-        ValueError: factors that are not finite, or of a rank above the matrix.
+        NotComparable: factors that are not finite, or of a rank above the matrix.
         BadAdapterFile: the file's values are not finite.
 
     >>> read = lambda: (torch.tensor([[0.6, 0.8], [0.8, -0.6]]), torch.diag(torch.tensor([4.0, 0.1])))
@@ -123,13 +124,13 @@ def smallest_rank(values_R: Tensor, share: float) -> int:
     Its relative error is at most sqrt(1 - share): 10 % in norm where 99 % are kept. A zero matrix needs none.
 
     Raises:
-        ValueError: a share that is not above 0 and at most 1.
+        NotComparable: a share that is not above 0 and at most 1.
 
     >>> [smallest_rank(torch.tensor([3.0, 1.0, 0.1]), share) for share in (0.89, 0.99, 1.0)]
     [1, 2, 3]
     """
     if not 0 < share <= 1:
-        raise ValueError(f"a rank cannot keep {share:g} of an update; give a share above 0 and at most 1")
+        raise NotComparable(f"a rank cannot keep {share:g} of an update; give a share above 0 and at most 1")
     kept_R = values_R.double().square().cumsum(0)
     return int((kept_R < share * kept_R[-1]).sum()) + 1 if bool(kept_R[-1] > 0) else 0
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.core.exchange import Factored
+from lorakit.errors import NotComparable
 
 Pair = tuple[Tensor, Tensor]  # A (R, I) and B (O, R)
 
@@ -41,7 +42,7 @@ def directions(update: Factored | Pair) -> Frames:
     With Aᵀ = Q P and B = Q' P', ΔW = Q' (P' Pᵀ) Qᵀ, so that the decomposition is one of a matrix (R, R).
 
     Raises:
-        ValueError: factors that do not fit each other, that are not finite, or of a rank above the matrix.
+        NotComparable: factors that do not fit each other, that are not finite, or of a rank above the matrix.
 
     >>> found = directions((torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0], [0.0], [0.0]])))
     >>> found.values_R.tolist(), found.left_OR.abs().T.tolist(), found.right_IR.abs().T.tolist()
@@ -62,7 +63,7 @@ def similarity(one_RK: Tensor, other_RK: Tensor, i: int, j: int) -> float:
     For independent random subspaces of a K-dimensional space its expectation is max(i, j) / K.
 
     Raises:
-        ValueError: more directions than a matrix has, matrices of different widths, or NaN.
+        NotComparable: more directions than a matrix has, matrices of different widths, or NaN.
 
     >>> similarity(torch.eye(2, 4), torch.eye(2, 4), 2, 2)
     1.0
@@ -77,13 +78,13 @@ def grid(one_KM: Tensor, other_KN: Tensor) -> Tensor:
     the projection metric d² = min(i, j) - Σ cos² of the principal angles (appendix G prints (1 - d²) / p, a slip).
 
     Raises:
-        ValueError: directions of spaces of different widths.
+        NotComparable: directions of spaces of different widths.
 
     >>> grid(torch.eye(4)[:, :2], torch.eye(4)[:, [1, 2]]).tolist()
     [[0.0, 0.0], [1.0, 0.5]]
     """
     if len(one_KM) != len(other_KN):
-        raise ValueError(
+        raise NotComparable(
             f"directions of width {len(one_KM)} cannot be compared with those of width {len(other_KN)}; take updates "
             "of one role and of bases of one shape"
         )
@@ -95,7 +96,7 @@ def similarities(one: Frames, other: Frames) -> dict[str, Tensor]:
     """φ of two updates of one matrix, by what is compared: A, B, and ΔW's own `left` and `right` directions.
 
     Raises:
-        ValueError: updates of matrices of different shapes.
+        NotComparable: updates of matrices of different shapes.
 
     >>> eye = directions((torch.eye(2, 3), torch.eye(4, 2)))
     >>> {name: tuple(found.shape) for name, found in similarities(eye, eye).items()}
@@ -115,7 +116,7 @@ def expected(i: int, j: int, width: int) -> float:
     Each of the i j squared inner products has the mean 1 / width.
 
     Raises:
-        ValueError: more dimensions than the space has.
+        NotComparable: more dimensions than the space has.
 
     >>> expected(8, 64, 768)
     0.08333333333333333
@@ -158,11 +159,11 @@ def factors(update: Factored | Pair) -> Pair:
     """A (R, I) and B (O, R) of an update in float64, checked.
 
     Raises:
-        ValueError: factors that do not fit each other, that are not finite, or of a rank above the matrix.
+        NotComparable: factors that do not fit each other, that are not finite, or of a rank above the matrix.
     """
     a_RI, b_OR = update.read() if isinstance(update, Factored) else update
     if a_RI.ndim != 2 or b_OR.ndim != 2 or len(a_RI) != b_OR.shape[1]:
-        raise ValueError(
+        raise NotComparable(
             f"A {tuple(a_RI.shape)} and B {tuple(b_OR.shape)} are not the (R, in) and (out, R) of an update"
         )
     refuse_above(len(a_RI), min(a_RI.shape[1], len(b_OR)))
@@ -173,10 +174,10 @@ def finite(matrix: Tensor) -> Tensor:
     """The matrix in float64.
 
     Raises:
-        ValueError: it holds NaN or infinity.
+        NotComparable: it holds NaN or infinity.
     """
     if not bool(matrix.isfinite().all()):
-        raise ValueError(f"a matrix {tuple(matrix.shape)} holds NaN or infinity, so it has no directions")
+        raise NotComparable(f"a matrix {tuple(matrix.shape)} holds NaN or infinity, so it has no directions")
     return matrix.detach().double()
 
 
@@ -184,10 +185,10 @@ def refuse_above(count: int, there_are: int) -> None:
     """Say that there are not so many directions.
 
     Raises:
-        ValueError: `count` is none, or more than there are.
+        NotComparable: `count` is none, or more than there are.
     """
     if not 1 <= count <= there_are:
-        raise ValueError(f"{count} directions are asked of a matrix that has {there_are}")
+        raise NotComparable(f"{count} directions are asked of a matrix that has {there_are}")
 
 
 def _counts(like_MN: Tensor) -> tuple[Tensor, Tensor]:
