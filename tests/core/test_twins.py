@@ -196,7 +196,26 @@ def test_inductor_compiles_a_few_times_however_batches_differ() -> None:
     found = subprocess.run(command, env=os.environ | places, capture_output=True, text=True, check=True)
     lengths, frames = map(int, found.stdout.split()[-2:])
     assert lengths > 3
-    assert frames <= 16  # parts of a block, of fixed and of any length; not of each length
+    assert frames <= 8  # four parts of a block, of fixed and of any length; not of each block, nor of each length
+
+
+@pytest.mark.parametrize(("targets", "wanted"), [(("linear",), [True, True]), (("layers.1.*",), [False, True])])
+def test_inputs_of_compiled_blocks_have_a_gradient_from_the_first_that_learns(
+    targets: tuple[str, ...], wanted: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    model, found = moved("llama", targets), []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda module, given: found.append(given[0].requires_grad))
+    plain = loss_and_gradients(model)
+    before = found.copy()
+    found.clear()
+    with Quick.of(model, compile=True).on():
+        compiled = loss_and_gradients(model)
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert (before, found) == ([False, wanted[0]], [*wanted, False, False])
+    assert all(map(torch.equal, plain, compiled))
 
 
 def test_a_layer_is_fused_again_when_what_stood_in_for_it_is_gone() -> None:

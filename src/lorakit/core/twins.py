@@ -43,7 +43,7 @@ class Quick:
         """The twins that fit this model: of linear and gated layers and of norms; or its blocks, compiled."""
         if compile:
             blocks = [model.get_submodule(site.path) for site in sites_of(model) if site.role == "block"]
-            return cls(tuple((block, "_compiled_call_impl", torch.compile(block._call_impl)) for block in blocks))
+            return cls(tuple((block, "_compiled_call_impl", _compiled(block)) for block in blocks))
         norms = ((module, _norm_twins(module)) for module in model.modules())
         gates = ((parent, _gate_twins(*parts)) for parent, parts in _gated_parents(model))
         found = [twin for module, twins in chain(norms, gates) if (twin := _closest(module, twins)) is not None]
@@ -67,6 +67,23 @@ class Quick:
         finally:
             for module, attribute in put:
                 module.__dict__.pop(attribute, None)
+
+
+def _compiled(block: nn.Module) -> Callable[..., Any]:
+    """A block, compiled; where it learns, its input has a gradient: so code for later blocks serves the first too."""
+    call = torch.compile(block._call_impl)
+
+    def run(*given: Any, **told: Any) -> Any:
+        match given:
+            case [Tensor(requires_grad=False) as x, *rest] if torch.is_grad_enabled() and _learns(block):
+                return call(x.detach().requires_grad_(), *rest, **told)
+        return call(*given, **told)
+
+    return run
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _forwards(twins: list[Twin]) -> Places:
