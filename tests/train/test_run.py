@@ -216,6 +216,8 @@ def test_bad_settings_are_all_named() -> None:
         Train(steps=0, learning_rate=-1, accumulate=0, clip_norm=-2)
     with pytest.raises(LorakitError, match=r"epochs=inf .*learning_rate=nan .*seed=-1 "):
         Train(epochs=float("inf"), learning_rate=float("nan"), seed=-1)
+    with pytest.raises(LorakitError, match="compile=True must be False where checkpointing is blocks"):
+        Train(compile=True, checkpointing="blocks")
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_towards_zero() -> None:

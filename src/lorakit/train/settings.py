@@ -73,6 +73,7 @@ class Train:
 
     def _rules(self) -> list[Rule]:
         intervals = {name: getattr(self, name) for name in ("checkpoint_every", "evaluate_every", "patience")}
+        plain = not (self.compile and self.checkpointing == "blocks")
         amounts = {"weight_decay": self.weight_decay, "clip_norm": self.clip_norm, **intervals}
         return [
             ("steps", self.steps, "at least 1, or left out", self.steps is None or self.steps >= 1),
@@ -82,6 +83,7 @@ class Train:
             ("warmup_share", self.warmup_share, "from 0 to 1", 0 <= self.warmup_share <= 1),
             ("label_smoothing", self.label_smoothing, "from 0 to below 1", 0 <= self.label_smoothing < 1),
             ("checkpointing", self.checkpointing, "none or blocks", self.checkpointing in ("none", "blocks")),
+            ("compile", self.compile, "False where checkpointing is blocks, of which PyTorch compiles nothing", plain),
             ("sharding", self.sharding, "auto, replicate or shard", self.sharding in ("auto", "replicate", "shard")),
             *counts(batch_size=self.batch_size, accumulate=self.accumulate),
             *counts(forward_tokens=self.forward_tokens, max_length=self.max_length),
