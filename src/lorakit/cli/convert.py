@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorakit.cli._show import say, size
+from lorakit.errors import LorakitError
 from lorakit.interop import Told, convert
 
 
@@ -25,7 +26,10 @@ class Options:
 def main(options: Options) -> None:
     """Convert, and say how exact the result is."""
     out = Path(options.out)
-    enabled = tuple(word.strip().lower() == "true" for word in options.enabled) or None
+    words = [word.strip().lower() for word in options.enabled]
+    if not set(words) <= {"true", "false"}:
+        raise LorakitError(f"--enabled takes True or False for each part, not {','.join(options.enabled)}")
+    enabled = tuple(word == "true" for word in words) or None
     told = Told(alpha=options.alpha, base=options.base, rank=options.rank, enabled=enabled)
     notes = convert(options.adapter, out, options.to, told)
     for note in notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,7 +33,7 @@ class Options:
 def main(options: Options) -> None:
     """Print the method, the base, the layers and the tensors; of a folder of adapters, a line each."""
     path, told = Path(options.adapter), Told(alpha=options.alpha, base=options.base)
-    many = listing(path, told) if path.is_dir() and not is_adapter(path) else []
+    many = listing(path, told) if os.path.isdir(path) and not is_adapter(path) else []
     if not many:
         _one(path, read(path, told), as_json=options.json)
     elif options.json:

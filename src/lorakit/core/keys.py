@@ -33,3 +33,12 @@ def wrappers(path: str, count: int) -> list[str]:
     ['experts.base_layer', 'experts']
     """
     return [path + ".base_layer" * (count - 1 - number) for number in range(count)]
+
+
+def host(path: str) -> str:
+    """The module that PEFT is told to adapt: of one within a wrapper (attention's out_proj), the wrapped one.
+
+    >>> host("h.0.attn.base_layer.out_proj"), host("h.0.q")
+    ('h.0.attn', 'h.0.q')
+    """
+    return path.partition(".base_layer.")[0]

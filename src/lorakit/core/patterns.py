@@ -10,11 +10,21 @@ from typing import Any
 
 log = logging.getLogger("lorakit")
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")  # of PEFT's initialisations
+_BEYOND = {  # of PEFT's fields, those by which an update is more than scale · B A of the layer that it names
+    "alora_invocation_tokens": "activated LoRA, which acts only after certain tokens",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "layer_replication": "layers that PEFT makes out of the base's",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QA-LoRA",
+}
 
 
 def pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
     """Patterns that are no regular expressions."""
-    for key in [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
+    targets = config.get("target_modules")
+    keys = [targets] if isinstance(targets, str) else []
+    for key in [*keys, *(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]:
         try:
             re.compile(key)
         except (re.error, RecursionError, OverflowError) as error:
@@ -24,12 +34,22 @@ def pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
 def residual(config: Mapping[str, Any]) -> list[str]:
     """The fault of a file whose numbers belong to a base that PEFT changes when it loads them."""
     init = config.get("init_lora_weights")
-    if not isinstance(init, str) or not init.startswith(_RESIDUAL):
+    if not isinstance(init, str) or not init.lower().startswith(_RESIDUAL):  # PEFT takes "OLoRA" too
         return []
     return [
         f"its numbers began as {init} and belong to a base from which PEFT subtracts their start; save it again with "
         "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     ]
+
+
+def beyond(config: Mapping[str, Any]) -> Iterator[str]:
+    """The faults of a file whose updates are more than what only PEFT's own folders can say.
+
+    >>> list(beyond({"use_qalora": True, "use_bdlora": None}))
+    ["it uses QA-LoRA (use_qalora), for which only PEFT's own folders have words"]
+    """
+    used = {key: words for key, words in _BEYOND.items() if config.get(key)}
+    yield from (f"it uses {words} ({key}), for which only PEFT's own folders have words" for key, words in used.items())
 
 
 def rank_of(config: Mapping[str, Any], path: str) -> Any:

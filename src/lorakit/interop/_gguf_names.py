@@ -8,6 +8,7 @@ Legend: O out (rows), H heads, P parts of a head or of a fused layer, D rows of 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from lorakit.models.loading import PACKAGED
 from lorakit.models.quiet import quiet
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+MOST_BLOCKS = 10_000  # a table of names is made for each of them
 MOVED = {"kept": (), "paired": ("attn_q", "attn_k"), "grouped": ("attn_qkv",)}  # layers whose rows change places
 
 
@@ -166,7 +168,7 @@ def layout_of(base: str) -> Layout:
     path = registry.find(PACKAGED, base).model.path() if packaged else Path(base).expanduser()
     if path.suffix.lower() == ".gguf":
         return layout_in(read_header(path, lambda reason: BadModel(f"{path}: {reason}")))
-    return _layout_by(_config(str(path) if path.exists() else base))
+    return _layout_by(_config(str(path) if os.path.exists(path) else base))
 
 
 def layout_in(header: Header) -> Layout:
@@ -185,6 +187,8 @@ def told_by(header: Header) -> Layout:
     blocks, heads, kv_heads = map(header.entry, ("block_count", "attention.head_count", "attention.head_count_kv"))
     if any(not isinstance(number, int | None) for number in (blocks, heads, kv_heads)):
         raise BadModel(f"{header.path} has other numbers of heads in other blocks, which is not known here")
+    if not 0 <= (blocks or 0) <= MOST_BLOCKS:
+        raise BadModel(f"{header.path} says that it has {blocks} blocks, which no model has")
     return Layout(str(header.values.get("general.architecture")), blocks or 0, heads, kv_heads or heads)
 
 
@@ -193,7 +197,7 @@ def _config(name: str) -> Any:
 
     try:
         with quiet():
-            local = Path(name).is_dir()
+            local = os.path.isdir(name)
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     except Exception as error:  # a config can be wrong in as many ways as there are models
         reason = " ".join(str(error).split())

@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from lorakit.core.exchange import Exchange, Form, Part, Update
-from lorakit.core.keys import wrappers
+from lorakit.core.keys import host, wrappers
 from lorakit.core.patterns import alpha_of, fields_of, rank_of
 from lorakit.core.sites import is_tail, slice_of
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile
+from lorakit.interop._fitting import misfit
 
 ENDINGS = {  # of a tensor's name -> what it is of an update; the longer first
     ".lora_A.weight": "a",
@@ -33,8 +34,11 @@ ENDINGS = {  # of a tensor's name -> what it is of an update; the longer first
     ".lora_E": "diagonal",
 }
 LINEAR, EMBEDDING = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+OTHERS = re.compile(r"lora(_linear_layer)?[._](up|down)\.weight$")  # of kohya's and of diffusers' older names
+PRUNED = (".lora_A", ".lora_B", ".lora_E")
 LOW_RANK = ("LORA", "ADALORA")
 EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # in the order in which models have them
+DIMENSIONS = (2, 3, 4, 5)  # of A: of a matrix, and of convolutions over one to three
 EPSILON = 1e-5  # that AdaLoRA's code adds to a rank
 Layer = dict[str, Value]
 
@@ -44,7 +48,7 @@ def read(
 ) -> tuple[tuple[Update, ...], dict[str, Value], list[str]]:
     """The updates, the tensors in place of the base's own, and what is wrong."""
     layers, whole = _sorted_out(config, named)
-    faults: list[str] = []
+    faults = [f"{name} is of another format than the rest" for name in whole if layers and OTHERS.search(name)]
     stacked = _stacked(list(layers), config.get("target_parameters") or ())
     found = [_update(name, layer, config, stacked.get(name), faults) for name, layer in layers.items()]
     parts = _parts(header or {})
@@ -59,7 +63,7 @@ def _sorted_out(config: Mapping[str, Any], named: Mapping[str, Value]) -> tuple[
     low_rank = config.get("peft_type", LOW_RANK[0]) in LOW_RANK
     for name, value in named.items():
         end = next((end for end in ENDINGS if name.endswith(end)), None) if low_rank else None
-        if end is None:
+        if end is None or (end in PRUNED and not value.numel):  # AdaLoRA left nothing of the layer
             whole[name.replace(".base_layer.", ".")] = value
         else:
             layer = layers.setdefault(name.removesuffix(end), {})
@@ -99,26 +103,20 @@ def _update(
     name: str, layer: Layer, config: Mapping[str, Any], stacked: str | None, faults: list[str]
 ) -> Update | None:
     """One layer's update; None where `faults` got a reason."""
-    absent = [f"{name} lacks its {part.upper()}" for part in ("a", "b") if part not in layer]
-    flat = [f"{name} has a tensor of shape {v.shape}" for key, v in layer.items() if key in "ab" and len(v.shape) < 2]
-    faults += absent or flat
-    if absent or flat:
+    if found := misfit(layer, (2,) if stacked is not None or "lookup" in layer else DIMENSIONS):
+        faults.append(f"{name} {found}")
         return None
-    a, b, form = layer["a"], layer["b"], _form(layer)
     if stacked is not None:
         return _experts(stacked, layer, config, faults)
+    a, b, diagonal = layer["a"], layer["b"], layer.get("diagonal")
     rank = a.shape[0]
-    if b.shape[1] != rank:
-        faults.append(f"{name} has {rank} rows in A but {b.shape[1]} columns in B")
-        return None
-    diagonal = layer.get("diagonal")
     return Update(
         path=name,
         a=a,
         b=b,
         alpha=alpha_of(config, name, rank, faults) if diagonal is None else _budgeted(config) * rank,
         rooted=diagonal is None and bool(config.get("use_rslora")),
-        form=form,
+        form=_form(layer),
         magnitude=layer.get("magnitude"),
         shift=layer.get("shift"),
         diagonal=diagonal,
@@ -127,8 +125,9 @@ def _update(
 
 def _budgeted(config: Mapping[str, Any]) -> float:
     """AdaLoRA's scale: that of the rank it began with, whatever is left of it."""
-    start = config.get("init_r") or 12
-    return (float(config.get("lora_alpha") or 8) or start) / (start + EPSILON)
+    start, alpha = config.get("init_r") or 12, config.get("lora_alpha")
+    alpha = 8.0 if alpha is None else float(alpha)
+    return (alpha if alpha > 0 else start) / (start + EPSILON)
 
 
 def _form(layer: Layer) -> Form:
@@ -139,7 +138,7 @@ def _form(layer: Layer) -> Form:
 
 def _experts(path: str, layer: Layer, config: Mapping[str, Any], faults: list[str]) -> Update | None:
     (rows, inner), (out, columns), rank = layer["a"].shape, layer["b"].shape, rank_of(config, path)
-    if not rank or rows % rank or rows != columns:
+    if not isinstance(rank, int) or rank < 1 or rows % rank:
         faults.append(f"{path} has {rows} rows in A and {columns} columns in B for experts of rank {rank}")
         return None
     count = rows // rank
@@ -179,7 +178,7 @@ def written(exchange: Exchange) -> tuple[dict[str, Any], dict[str, Value]]:
         return _as_it_stands(exchange)
     _refuse_mixtures(exchange)
     stacked = [update.path for update in exchange.updates if update.form == "experts"]
-    adapted = [update.path for update in exchange.updates if update.form != "experts"]
+    adapted = list(dict.fromkeys(host(update.path) for update in exchange.updates if update.form != "experts"))
     told = exchange.config if "peft_type" in exchange.config else {}  # others' headers say nothing to PEFT
     config = {
         "lora_dropout": 0.0,
@@ -273,6 +272,6 @@ def _whole(exchange: Exchange) -> dict[str, Value]:
 
     def name(key: str) -> str:
         path, _, tail = key.rpartition(".")
-        return f"{path}.base_layer.{tail}" if path in own else key
+        return f"{path}.base_layer.{tail}" if path in own and tail in ("weight", "bias") else key
 
     return {name(key): value for key, value in exchange.whole.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorakit.core.atomic import new_file
 from lorakit.core.exchange import Exchange, Update
+from lorakit.core.patterns import beyond, residual
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile, BadModel, NotMergeable
 from lorakit.interop._gguf_file import DTYPES, Header, Stored, block_of, padded, read_header
@@ -72,6 +73,7 @@ def merge_gguf(
 
 def _faults(adapter: Exchange) -> Iterator[str]:
     instead = "merge it into the base's folder instead"
+    yield from (*residual(adapter.config), *beyond(adapter.config))
     if not adapter.updates:
         yield "it has no low-rank updates"
     for update in adapter.updates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ def format_of(path: Path) -> ModuleType:
     Raises:
         BadAdapterFile: there is nothing, or nothing that a format recognises, or more than one does.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # which is False of a name that is too long, too
         raise BadAdapterFile(path, ["there is no such file or folder"])
     known = [registry.find(FORMATS, name) for name in registry.names(FORMATS)]
     found = [module for module in known if module.recognises(path)]
@@ -32,7 +33,10 @@ def format_of(path: Path) -> ModuleType:
         read_pickle(path)  # which says what it holds besides tensors
     titles = ", ".join(module.TITLE for module in (found or known))
     reason = f"it is several formats at once: {titles}" if found else f"it is in none of the formats known: {titles}"
-    raise BadAdapterFile(path, [reason])
+    inner = [each.name for each in (sorted(path.iterdir()) if path.is_dir() else ()) if not each.name.startswith(".")]
+    within = [name for name in inner if any(module.recognises(path / name) for module in known)]
+    more = f"; adapters lie in it: {', '.join(within[:3])}{' …' * (len(within) > 3)}" if within and not found else ""
+    raise BadAdapterFile(path, [reason + more])
 
 
 def read(path: str | Path, told: Told | None = None) -> Exchange:

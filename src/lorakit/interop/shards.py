@@ -160,6 +160,10 @@ def write_values(path: Path, values: Mapping[str, Value], metadata: Mapping[str,
     Raises:
         BadAdapterFile: a value that is no finite real number.
     """
+    if strange := [
+        f"{key} is of {each.dtype}, no real numbers" for key, each in values.items() if each.dtype not in NAMES
+    ]:
+        raise BadAdapterFile("the adapter", strange)
     order = sorted(values.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # each begins at a multiple
     with path.open("wb") as file:
         write_header(file, [(key, NAMES[each.dtype], each.shape, each.bytes) for key, each in order], metadata)

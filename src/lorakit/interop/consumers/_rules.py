@@ -13,12 +13,13 @@ from lorakit.core.exchange import Update
 from lorakit.core.files import CONFIG
 from lorakit.core.keys import PREFIX, bare
 from lorakit.core.method import Method
-from lorakit.core.patterns import matches, rank_of, residual
+from lorakit.core.patterns import beyond, matches, plain, rank_of, residual
 from lorakit.interop.check import Finding, Grade, Seen
 
 Rule = Callable[[Seen], Iterator[Finding]]
 FOLDERS = ("peft", "portable")  # the formats that are PEFT folders
 PORTABLE, GGUF = "portable", "gguf"
+UNMERGED = ("lora_bias", "trainable_token_indices")  # fields of PEFT's that lorakit converts, but does not load
 RESAVE = "in PEFT: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
 
 
@@ -51,13 +52,15 @@ def converted(seen: Seen, to: str = PORTABLE) -> str:
     """The command that writes the adapter in another format."""
     out = f"{seen.place}-{to}" if to != GGUF else f"{seen.place}.gguf"
     words = ["lorakit", "convert", str(seen.path), "-o", out, "--to", to]
-    words += [] if seen.alpha is None else ["--alpha", f"{seen.alpha:g}"]
+    words += [] if seen.alpha is None else ["--alpha", str(plain(seen.alpha))]
     return shlex.join(words + (["--base", seen.exchange.base or "BASE"] if to == GGUF else []))
 
 
 def merged(seen: Seen) -> str:
-    """The command that folds the adapter into its base; "" where its method has no place in the base's weights."""
-    header = seen.exchange.header
+    """The command that folds the adapter into its base; "" where it has no place in the base's weights, or cannot."""
+    header, config = seen.exchange.header, seen.exchange.config
+    if any(map(config.get, UNMERGED)) or any(beyond(config)):
+        return ""
     if header and "merge" in Method.from_json(header["method"]).waives:
         return ""
     return shlex.join(["lorakit", "merge", str(seen.path), "--out", f"{seen.place}-merged"])
@@ -65,8 +68,8 @@ def merged(seen: Seen) -> str:
 
 def mended(seen: Seen, to: str = PORTABLE) -> str:
     """A conversion where the adapter is nothing but B A of matrices, otherwise the merge."""
-    plain = [not (u.magnitude or u.shift) and u.form in ("linear", "embedding") for u in seen.exchange.updates]
-    return converted(seen, to) if plain and all(plain) and not seen.exchange.whole else merged(seen)
+    simple = [not (u.magnitude or u.shift) and u.form in ("linear", "embedding") for u in seen.exchange.updates]
+    return converted(seen, to) if simple and all(simple) and not seen.exchange.whole else merged(seen)
 
 
 def lacking(seen: Seen, needed: Sequence[str], *, to: str = PORTABLE) -> Iterator[Finding]:
@@ -99,8 +102,8 @@ def scaled(
     seen: Seen, told: Callable[[Update], float], how: str, *, grade: Grade = "wrong", to: str = PORTABLE
 ) -> Iterator[Finding]:
     """Updates that it multiplies by another number than they were trained with."""
-    plain = [each for each in seen.exchange.updates if each.scale and each.diagonal is None]
-    shares = {each.path: told(each) / each.scale for each in plain}
+    own = [each for each in seen.exchange.updates if each.scale and each.diagonal is None]
+    shares = {each.path: told(each) / each.scale for each in own}
     off = {path: share for path, share in shares.items() if not math.isclose(share, 1, rel_tol=1e-4)}
     if off:
         yield Finding(grade, f"{how}: {times(off)}", mended(seen, to))

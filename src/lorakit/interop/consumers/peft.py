@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.core.exchange import Update
 from lorakit.core.files import CONFIG
-from lorakit.core.keys import PREFIX
+from lorakit.core.keys import PREFIX, host
 from lorakit.core.patterns import matches, rank_of
 from lorakit.core.sites import is_tail
 from lorakit.interop.check import Finding, Seen
@@ -65,7 +65,7 @@ def _names(seen: Seen) -> Iterator[Finding]:
 def _targets(seen: Seen) -> Iterator[Finding]:
     targets = seen.exchange.config.get("target_modules")
     adapted = [each.path for each in seen.exchange.updates if each.form != "experts"]
-    missed = [path for path in adapted if targets and not _means(targets, path)]
+    missed = [path for path in adapted if targets and not _means(targets, host(path))]
     yield from at("wrong", missed, "it leaves out what target_modules does not mean", converted(seen, TO))
     if adapted and not targets:
         what = "target_modules is not told, so it adapts what is usual for the kind of model, and leaves out the rest"
@@ -115,7 +115,7 @@ def _told(patterns: Mapping[str, Any] | None, path: str) -> set[Any]:
 
 
 def _start(seen: Seen) -> Iterator[Finding]:
-    init, start = str(seen.exchange.config.get("init_lora_weights")), said(seen, "init_lora_weights")
+    init, start = str(seen.exchange.config.get("init_lora_weights")).lower(), said(seen, "init_lora_weights")
     if init.startswith(EDITED):
         what = f"it works out {start} anew and takes it off the base's weights, for other adapters and unload() too"
         yield Finding("wrong", what, RESAVE)
@@ -144,7 +144,9 @@ def _absent(seen: Seen) -> Iterator[Finding]:
 def _unsaved(seen: Seen) -> Iterator[Finding]:
     saved = seen.exchange.config.get("modules_to_save") or []
     adapted = [each.path for each in seen.exchange.updates]
-    untold = [whole for whole in seen.exchange.whole if not any(_is_in(whole, name) for name in (*saved, *adapted))]
+    known = (*adapted, "token_adapter")  # which trainable_token_indices tells of
+    others = [whole for whole in seen.exchange.whole if not any(_is_in(whole, name) for name in known)]
+    untold = [whole for whole in others if not any(f"{name}." in whole for name in saved)]  # "head" means "my_head" too
     if adapted:
         what = "it writes these into the base itself, for other adapters and unload() too"
         yield from at("ignores", [name for name in untold if name.endswith(".bias")], what)

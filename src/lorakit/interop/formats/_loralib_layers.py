@@ -109,9 +109,11 @@ def flat(update: Update) -> Stored:
     Raises:
         BadAdapterFile: the kernel is not square, which loralib does not know.
     """
-    rank, channels, height, k = update.a.shape
-    if height != k:
-        raise BadAdapterFile("the adapter", [f"{update.path} has a kernel {height} x {k}; loralib's are square"])
+    rank, channels, *kernel = update.a.shape
+    if len(kernel) != 2 or kernel[0] != kernel[1]:
+        told = " x ".join(map(str, kernel))
+        raise BadAdapterFile("the adapter", [f"{update.path} has a kernel {told}; loralib's are square"])
+    k = kernel[1]
     a_RI, b_OR = update.a.read().flatten(1), update.b.read().flatten(1)
     block = a_RI[: rank // k, : channels * k]
     if rank % (k * k) == 0 and torch.equal(torch.block_diag(*[block] * k), a_RI):

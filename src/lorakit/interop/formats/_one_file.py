@@ -8,9 +8,11 @@ from pathlib import Path
 
 from lorakit.core.atomic import new_file
 from lorakit.core.exchange import Exchange, Form, Update
+from lorakit.core.patterns import beyond
 from lorakit.core.pickles import SUFFIXES, read_pickle
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile, BadModel, LorakitError
+from lorakit.interop._fitting import misfit
 from lorakit.interop.shards import opened, write_values
 
 SAFETENSORS = ".safetensors"
@@ -49,25 +51,25 @@ def number(value: Value) -> float:
 
 def update_of(path: str, layer: Mapping[str, Value], alpha: float, faults: list[str]) -> Update | None:
     """A linear layer's or convolution's update out of its `a`, `b`, `magnitude` and `shift`; None after a fault."""
-    a, b, magnitude = layer.get("a"), layer.get("b"), layer.get("magnitude")
-    if a is None or b is None:
-        faults.append(f"{path} lacks its {'A' if a is None else 'B'}")
-    elif len(a.shape) not in (2, 4) or b.shape[1:] != (a.shape[0], *[1] * (len(a.shape) - 2)):
-        faults.append(f"{path} has A {a.shape} and B {b.shape}, which do not fit each other")
-    elif not (a.dtype.is_floating_point and b.dtype.is_floating_point):
-        faults.append(f"{path} has A of {a.dtype} and B of {b.dtype}, which are no real numbers")
-    elif magnitude is not None and magnitude.numel != b.shape[0]:
-        faults.append(f"{path} has a magnitude {magnitude.shape} for {b.shape[0]} outputs")
+    if found := misfit(layer, (2, 4)):
+        faults.append(f"{path} {found}")
     elif not math.isfinite(alpha):
         faults.append(f"{path} has an alpha that is no finite number")
     else:
+        a, b = layer["a"], layer["b"]
         form: Form = "linear" if len(a.shape) == 2 else "convolution"
-        return Update(path, a, b, alpha, form=form, magnitude=magnitude, shift=layer.get("shift"))
+        return Update(path, a, b, alpha, form=form, magnitude=layer.get("magnitude"), shift=layer.get("shift"))
     return None
+
+
+def rank_in(layer: Mapping[str, Value]) -> int:
+    """The rows of a layer's A; 1 where it has none, which `update_of` then says."""
+    return next(iter(layer["a"].shape), 1) if "a" in layer else 1
 
 
 def unsaid(exchange: Exchange, title: str, forms: Collection[str], fields: Collection[str]) -> Iterator[str]:
     """What of an adapter a format has no words for, where it knows these forms of updates and these fields."""
+    yield from beyond(exchange.config)
     if not exchange.updates:
         yield "it has no low-rank updates"
     for update in exchange.updates:

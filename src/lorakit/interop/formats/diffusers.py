@@ -144,7 +144,7 @@ def _configs(metadata: Mapping[str, str], layers: Layers) -> tuple[dict[str, dic
 def _update(
     place: tuple[str, str], layer: Mapping[str, Value], config: Mapping[str, Any], told: Told, faults: list[str]
 ) -> Update | None:
-    rank = layer["a"].shape[0] if "a" in layer else 1
+    rank = file.rank_in(layer)
     if config:
         alpha = alpha_of(config, place[1], rank, faults)
     elif "alpha" in layer:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorakit.core.atomic import new_file
 from lorakit.core.exchange import Exchange, Update
+from lorakit.core.patterns import beyond
 from lorakit.core.values import Value, cast
 from lorakit.errors import BadAdapterFile
 from lorakit.interop._gguf_file import DTYPES, TYPES, Header, Stored, read_header
@@ -170,6 +171,7 @@ def write(exchange: Exchange, out: Path, told: Told) -> list[str]:
 
 def _faults(exchange: Exchange, base: str | None) -> Iterator[str]:
     merge = "merge it into the base's GGUF file instead"
+    yield from beyond(exchange.config)
     if not base:
         yield "it does not name its base, which tells the names and the order of rows; name its folder or GGUF file"
     if not exchange.updates:

@@ -37,6 +37,7 @@ _OTHERS = {
     "oft_": "rotations (OFT)",
     "diff": "whole differences",
 }
+_LONGEST = 64  # pieces of a name, more than any layer has
 _THEIR_OWN = re.compile(r"_(input_blocks|middle_block|output_blocks|double_blocks|single_blocks|joint_blocks)_")
 _WORD = re.compile(
     r"\d+|(down|up|transformer)_blocks|mid_block|attentions|resnets|(down|up)samplers|attn[12]|to_(q|k|v|out)|ff|net"
@@ -84,8 +85,7 @@ def _update(name: str, layer: Mapping[str, Value], told: Told, faults: list[str]
         faults.append(_unclear(name))
         return None
     alpha = file.number(layer["alpha"]) if "alpha" in layer else told.alpha
-    rank = layer["a"].shape[0] if "a" in layer else 1
-    update = file.update_of(paths[0], layer, alpha or float(rank), faults)
+    update = file.update_of(paths[0], layer, alpha or float(file.rank_in(layer)), faults)
     return update and _with_magnitude(update, faults)
 
 
@@ -96,7 +96,7 @@ def _paths(name: str) -> Iterator[str]:
     ['text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj']
     """
     for prefix, part in _PARTS.items():
-        if name.startswith(prefix):
+        if name.startswith(prefix) and name.count("_") < _LONGEST:
             yield from (f"{part}.{path}" for path in _readings(name.removeprefix(prefix)))
 
 
@@ -119,7 +119,7 @@ def _with_magnitude(update: Update, faults: list[str]) -> Update:
     magnitude, out = update.magnitude, update.b.shape[0]
     if magnitude is None:
         return update
-    if magnitude.shape[0] != out:
+    if magnitude.shape[:1] != (out,):
         faults.append(f"{update.path} has a dora_scale {magnitude.shape} over its inputs; DoRA's is over outputs")
     return replace(update, magnitude=_shaped(magnitude, (out,) if update.form == "linear" else (1, out, 1, 1)))
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from lorakit.core.atomic import new_file
 from lorakit.core.exchange import Exchange, Update
 from lorakit.core.layouts import Conv2dLayout, EmbeddingLayout, Layout, kind_of, layout_of
+from lorakit.core.patterns import plain
 from lorakit.core.pickles import SUFFIXES, read_pickle
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile, LorakitError, nearest
@@ -200,7 +201,7 @@ def write(exchange: Exchange, out: Path, told: Told) -> list[str]:
     _save(tensors, out)
     fused = {layer.enabled: layer.path for layer in stored.values() if len(layer.enabled) > 1}
     notes = [f"layers like {path} need enable_lora={list(enabled)}" for enabled, path in fused.items()]
-    return [f"the file does not hold alpha: build the model with lora_alpha={alpha:g}", *notes]
+    return [f"the file does not hold alpha: build the model with lora_alpha={plain(alpha)}", *notes]
 
 
 def _save(tensors: Mapping[str, Tensor], out: Path) -> None:

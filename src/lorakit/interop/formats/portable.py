@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.core.exchange import Exchange, Update
+from lorakit.core.patterns import beyond
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile
 from lorakit.interop.format import Told
@@ -26,7 +27,9 @@ from lorakit.interop.formats import peft
 
 TITLE = "portable PEFT folder"
 KEPT = ("target_modules", "lora_dropout", "fan_in_fan_out")  # of a config
+NARROWED = ("layers_to_transform", "exclude_modules")  # by which target_modules means fewer layers
 _EXACT = (torch.float32, torch.float64)
+_RANGE = (*_EXACT, torch.bfloat16)  # dtypes of so many exponents that a power of two rounds nothing
 
 
 def recognises(path: Path) -> bool:
@@ -49,12 +52,14 @@ def write(exchange: Exchange, out: Path, told: Told) -> list[str]:
         raise BadAdapterFile("the adapter", faults)
     rank = told.rank or max(update.rank for update in exchange.updates)
     errors = [error(update) for update in exchange.updates]
+    told_of = exchange.config
+    kept = [key for key in KEPT if key in told_of and not (key == KEPT[0] and any(map(told_of.get, NARROWED)))]
     plain = Exchange(
         format=exchange.format,
         updates=tuple(_padded(_folded(update), rank) for update in exchange.updates),
         base=exchange.base,
         task=exchange.task,
-        config={key: exchange.config[key] for key in KEPT if key in exchange.config},
+        config={key: told_of[key] for key in kept},
     )
     peft.write(plain, out, told)
     padded = sum(update.rank < rank for update in exchange.updates)
@@ -64,6 +69,9 @@ def write(exchange: Exchange, out: Path, told: Told) -> list[str]:
 
 def _faults(exchange: Exchange, told: Told) -> Iterator[str]:
     merge = "merge it into its base instead"
+    yield from beyond(exchange.config)
+    if told.rank is not None and not 1 <= told.rank <= max((max(each.sides) for each in exchange.updates), default=1):
+        yield f"no matrix of it is so large that the rank {told.rank} asked for makes sense"
     if not exchange.updates:
         yield "it has no low-rank updates"
     for update in exchange.updates:
@@ -90,7 +98,8 @@ def _folded(update: Update) -> Update:
 
 def _is_exact(update: Update) -> bool:
     """Whether only exponents change."""
-    return update.diagonal is None and abs(math.frexp(update.scale)[0]) in (0.0, 0.5)
+    is_whole = update.scale == 1 or update.b.dtype in _RANGE
+    return is_whole and update.diagonal is None and abs(math.frexp(update.scale)[0]) in (0.0, 0.5)
 
 
 def _scaled(update: Update, b_OR: Tensor) -> Tensor:
