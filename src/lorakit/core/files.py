@@ -26,6 +26,7 @@ from lorakit.core.header import header_faults, header_of, with_header
 from lorakit.core.keys import PREFIX, ROOT, bare
 from lorakit.core.method import Method, method_of_peft
 from lorakit.core.named import fill
+from lorakit.core.patterns import parsed_config
 from lorakit.core.pickles import read_pickle
 from lorakit.core.plan import BIAS, MODULE, Placement, Plan, misplaced
 from lorakit.core.renamed import renamed
@@ -203,7 +204,7 @@ def read(folder: Path) -> Contents:
     try:
         stored, metadata = _stored(folder)
         tensors = {bare(key): value for key, value in stored.items()}
-        config = json.loads((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
+        config = parsed_config((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
         header = json.loads(metadata["lorakit"]) if "lorakit" in metadata else None
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise BadAdapterFile(folder, [f"it is damaged ({error})"]) from error

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+_BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
 log = logging.getLogger("lorakit")
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")  # of PEFT's initialisations
-_BEYOND = {  # of PEFT's fields, those by which an update is more than scale · B A of the layer that it names
+BEYOND = {  # of PEFT's fields, those by which an update is more than scale · B A of the layer that it names
     "alora_invocation_tokens": "activated LoRA, which acts only after certain tokens",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
@@ -18,6 +20,22 @@ _BEYOND = {  # of PEFT's fields, those by which an update is more than scale · 
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QA-LoRA",
 }
+UNLOADED = {  # those that are converted, but neither loaded nor merged
+    "lora_bias": "a bias on lora_B",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
+}
+
+
+def parsed_config(text: str) -> Any:
+    """A config's JSON; old files tell booleans as texts.
+
+    >>> parsed_config('{"fan_in_fan_out": "true", "r": 8}')
+    {'fan_in_fan_out': True, 'r': 8}
+    """
+    told = json.loads(text)
+    if not isinstance(told, dict):
+        return told
+    return {key: _BOOLEANS.get(value, value) if isinstance(value, str) else value for key, value in told.items()}
 
 
 def pattern_faults(config: Mapping[str, Any]) -> Iterator[str]:
@@ -48,7 +66,7 @@ def beyond(config: Mapping[str, Any]) -> Iterator[str]:
     >>> list(beyond({"use_qalora": True, "use_bdlora": None}))
     ["it uses QA-LoRA (use_qalora), for which only PEFT's own folders have words"]
     """
-    used = {key: words for key, words in _BEYOND.items() if config.get(key)}
+    used = {key: words for key, words in BEYOND.items() if config.get(key)}
     yield from (f"it uses {words} ({key}), for which only PEFT's own folders have words" for key, words in used.items())
 
 

@@ -52,6 +52,7 @@ class Checkpoint:
     """The base's tensors on disk, by their names in the model."""
 
     def __init__(self, model: nn.Module, found: Mapping[str, Entry]) -> None:
+        self.model = model
         self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self.own = dict(model.named_parameters(remove_duplicate=False))
         self.found = {self.name(key): entry for key, entry in found.items()}
@@ -89,6 +90,27 @@ def tail(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def opened_base(base: Path, architecture: str | None = None) -> Checkpoint:
+    """The tensors of a model folder; `architecture` is the model's class (default: what its config names).
+
+    Raises:
+        BadModel: it cannot be read.
+    """
+    stored = {key: entry for shard in shards_of(base) for key, entry in entries(shard).items()}
+    return Checkpoint(skeleton(base, {"architecture": architecture}), stored)
+
+
+def copied(whole: Mapping[str, Value], base: Path) -> list[str]:
+    """The names of those tensors of an adapter's that are the base's own, in the adapter's dtype.
+
+    Raises:
+        BadModel: the base cannot be read.
+    """
+    checkpoint = opened_base(base)
+    pairs = [(name, value, checkpoint.value(name)) for name, value in whole.items()]
+    return [name for name, value, own in pairs if own is not None and torch.equal(own.to(value.dtype), value.read())]
+
+
 def weights(base: Path, architecture: str | None = None) -> dict[str, Value]:
     """Every matrix W (out, in) of a model folder by its layer's path, to be read when it is wanted.
 
@@ -101,11 +123,9 @@ def weights(base: Path, architecture: str | None = None) -> dict[str, Value]:
     Raises:
         BadModel: it cannot be read.
     """
-    model = skeleton(base, {"architecture": architecture})
-    stored = {key: entry for shard in shards_of(base) for key, entry in entries(shard).items()}
-    checkpoint = Checkpoint(model, stored)
+    checkpoint = opened_base(base, architecture)
     found: dict[str, Value] = {}
-    for path, module in model.named_modules():
+    for path, module in checkpoint.model.named_modules():
         layout, entry = layout_of(module), checkpoint.entry(f"{path}.weight")
         if layout is not None and entry is not None:
             shape = layout.out_features, layout.in_features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ from lorakit.core.exchange import Exchange
 from lorakit.core.patterns import residual
 from lorakit.core.pickles import SUFFIXES, read_pickle
 from lorakit.errors import BadAdapterFile, OutputExists
+from lorakit.interop.checkpoint import copied
 from lorakit.interop.format import Told
 
 FORMATS = "lorakit.interop.formats"
@@ -66,7 +68,20 @@ def convert(source: str | Path, out: str | Path, to: str, told: Told | None = No
     """
     refuse_existing(Path(out))
     registry.find(FORMATS, to)
-    return write(read(source, told), out, to, told)
+    exchange = read(source, told)
+    notes: list[str] = []
+    if told and told.base and exchange.whole and to != exchange.format:
+        exchange, notes = _without_copies(exchange, told.base)
+    return notes + write(exchange, out, to, told)
+
+
+def _without_copies(exchange: Exchange, base: str) -> tuple[Exchange, list[str]]:
+    """The adapter without the base's own tensors, which PEFT writes beside the updates of embeddings."""
+    from lorakit.models import folder
+
+    own = copied(exchange.whole, folder(base))
+    kept = {name: value for name, value in exchange.whole.items() if name not in own}
+    return replace(exchange, whole=kept), [f"left out, as the base has the same: {', '.join(own)}"] if own else []
 
 
 def write(exchange: Exchange, out: str | Path, to: str, told: Told | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from lorakit.core.checked import misfits
 from lorakit.core.experts import WEIGHT, experts_of
 from lorakit.core.keys import wrappers
 from lorakit.core.layouts import Conv1DLayout, Conv2dLayout, Layout
-from lorakit.core.patterns import alpha_of, commonest, fields_of, pattern_faults, residual
+from lorakit.core.patterns import BEYOND, UNLOADED, alpha_of, commonest, fields_of, pattern_faults, residual
 from lorakit.core.plan import Placement
 from lorakit.core.sites import modules_of, resolve
 from lorakit.errors import BadAdapterFile, NoSuchTarget
@@ -36,15 +36,6 @@ READ = {
     "lora_dropout": float | None,
     "bias": Literal["none", "all", "lora_only"] | None,
     "modules_to_save": list[str] | None,
-}
-UNREADABLE = {
-    "lora_bias": "a bias on lora_B",
-    "layer_replication": "layer_replication",
-    "trainable_token_indices": "trainable_token_indices",
-    "use_qalora": "QA-LoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "use_bdlora": "block-diagonal LoRA",
 }
 
 
@@ -203,7 +194,7 @@ def _copy(group: list[Pair], a_RI: Tensor, b_OR: Tensor) -> None:
 
 def fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
     """LoRA's fields from a PEFT config and the tensors beside it."""
-    used = [words for key, words in UNREADABLE.items() if config.get(key)]
+    used = [words for key, words in {**BEYOND, **UNLOADED}.items() if config.get(key)]
     faults = [f"it uses {words}, which lorakit's LoRA cannot read" for words in used] + residual(config)
     faults += misfits(config, READ, "its adapter_config.json") or pattern_faults(config)
     stacked = {} if faults else _stacked(config.get("target_parameters") or (), model)

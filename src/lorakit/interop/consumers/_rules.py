@@ -13,13 +13,12 @@ from lorakit.core.exchange import Update
 from lorakit.core.files import CONFIG
 from lorakit.core.keys import PREFIX, bare
 from lorakit.core.method import Method
-from lorakit.core.patterns import beyond, matches, plain, rank_of, residual
+from lorakit.core.patterns import UNLOADED, beyond, matches, plain, rank_of, residual
 from lorakit.interop.check import Finding, Grade, Seen
 
 Rule = Callable[[Seen], Iterator[Finding]]
 FOLDERS = ("peft", "portable")  # the formats that are PEFT folders
 PORTABLE, GGUF = "portable", "gguf"
-UNMERGED = ("lora_bias", "trainable_token_indices")  # fields of PEFT's that lorakit converts, but does not load
 RESAVE = "in PEFT: model.save_pretrained(OUT, path_initial_model_for_weight_conversion=START)"
 
 
@@ -59,7 +58,7 @@ def converted(seen: Seen, to: str = PORTABLE) -> str:
 def merged(seen: Seen) -> str:
     """The command that folds the adapter into its base; "" where it has no place in the base's weights, or cannot."""
     header, config = seen.exchange.header, seen.exchange.config
-    if any(map(config.get, UNMERGED)) or any(beyond(config)):
+    if any(map(config.get, UNLOADED)) or any(beyond(config)):
         return ""
     if header and "merge" in Method.from_json(header["method"]).waives:
         return ""

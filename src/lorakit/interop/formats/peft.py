@@ -16,7 +16,7 @@ from lorakit.core.exchange import Exchange
 from lorakit.core.files import CONFIG, PICKLE, TENSORS
 from lorakit.core.header import header_faults
 from lorakit.core.keys import PREFIX, bare
-from lorakit.core.patterns import pattern_faults
+from lorakit.core.patterns import parsed_config, pattern_faults
 from lorakit.core.pickles import read_pickle
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile, BadModel
@@ -92,7 +92,7 @@ def _values(path: Path) -> tuple[dict[str, Value], dict[str, str]]:
 def _told(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any] | None, list[str]]:
     """Config, header, and what is wrong with them."""
     try:
-        config = json.loads((path / CONFIG).read_text("utf-8")) if (path / CONFIG).is_file() else {}
+        config = parsed_config((path / CONFIG).read_text("utf-8")) if (path / CONFIG).is_file() else {}
         header = json.loads(metadata["lorakit"]) if "lorakit" in metadata else None
     except (ValueError, OSError, RecursionError) as error:
         return {}, None, [f"it is damaged ({error})"]
