@@ -71,6 +71,25 @@ def test_analyse_writes_one_page(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "Table 7" in text
 
 
+def test_a_file_that_names_no_data_is_analysed_without_text(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interop.convert(run / "one", tmp_path / "plain", "portable")
+    words = [
+        "analyse",
+        str(tmp_path / "plain"),
+        "--base",
+        str(run / "base"),
+        "-o",
+        str(tmp_path / "new" / "report.html"),
+    ]
+    assert main(words) == 0
+    assert "nothing is compared on text; name texts with --data" in capsys.readouterr().out
+    text = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    assert "Table 7" in text
+    assert "What the adapters do on text" not in text
+
+
 def test_mistakes_are_one_sentence_and_leave_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,8 +123,14 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     refused(["combine", one, "-o", str(out), "--weights", "x"], "must be numbers")
     refused(["compress", one, "-o", str(out), "--keep", "0.5", "--rank", "1", "--measure=false"], "give one of them")
     refused(["compress", one, "-o", str(out), "--keep", "2", "--measure=false"], "no rank keeps 2")
+    nowhere = [*("compress", one, "-o", str(out)), "--base", str(tmp_path / "nowhere"), "--data.test_examples", "2"]
+    refused(nowhere, "there is no model")
+    refused(["analyse", one, "-o", str(out), "--examples", "-1"], "give 0 or more")
     folder = tmp_path / "folder"
     folder.mkdir()
+    for verb in ("compress", "combine"):
+        assert main([verb, one, "-o", str(folder)]) == 2
+        assert "exists already" in capsys.readouterr().err
     assert main(["analyse", one, "-o", str(folder)]) == 2
     assert "is a folder; name a file" in capsys.readouterr().err
 

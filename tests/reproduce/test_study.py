@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lorakit.analyse.page import Figure, Page
 from lorakit.analyse.report import report
 from lorakit.analyse.study import Study
 from lorakit.data import Data, open_data
-from lorakit.errors import BadAdapterFile, BadModel, LorakitError
+from lorakit.errors import BadAdapterFile, BadMethod, BadModel, LorakitError
 from lorakit.reproduce.measures import Evaluate
 from lorakit.reproduce.study import Asked, gather, labels, losses
 from tests.laws.cases import scramble
@@ -122,8 +123,76 @@ def test_another_base_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(BadAdapterFile, match="in this base, and"):
         report(study)
     tiny("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(BadAdapterFile, match=r"its base is a LlamaForCausalLM, but .* is of the type gpt2"):
+        gather(Asked(adapters=[str(place / "one")], base=str(tmp_path / "gpt2")))
+    interop.convert(place / "one", tmp_path / "nameless", "portable")
     with pytest.raises(BadAdapterFile, match="has no matrix"):
-        report(gather(Asked(adapters=[str(place / "one")], base=str(tmp_path / "gpt2"))))
+        report(gather(Asked(adapters=[str(tmp_path / "nameless")], base=str(tmp_path / "gpt2"))))
+
+
+def test_adapters_of_other_shapes_are_refused_before_anything_is_compared(place: Path, tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=16, vocab_size=400)
+    lk.attach(model, lk.LoRA(rank=2, targets="linear"), name="other")
+    lk.save(model, "other", tmp_path / "other")
+    with pytest.raises(BadMethod, match="do not belong together"):
+        gather(Asked(adapters=[str(place / "one"), str(tmp_path / "other")]))
+
+
+def test_a_model_that_was_trained_whole_is_told_with_what_is_left_out(
+    place: Path, tmp_path: Path, study: Study
+) -> None:
+    model, _ = models.load(str(place / "base"))
+    torch.manual_seed(0)
+    deltas = {}
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            deltas[name.removesuffix(".weight")] = torch.randn_like(value) / 100
+            value += deltas[name.removesuffix(".weight")]
+    model.save_pretrained(tmp_path / "trained")
+    examples = [each.example for each in study.disagreements["one"]]
+    found = gather(Asked(adapters=[str(tmp_path / "trained")], base=str(place / "base"), rank=4, examples=examples))
+    changed = {each.path for each in found.adapters["trained"].updates}
+    values = [torch.linalg.svdvals(delta.double()) for path, delta in deltas.items() if path in changed]
+    left = math.hypot(*(float(each[4:].norm()) for each in values)) / math.hypot(
+        *(float(each.norm()) for each in values)
+    )
+    assert found.lost["trained"] == pytest.approx(left, rel=1e-3)
+    assert "model.embed_tokens" in changed
+    assert found.effects["trained"].divergence is not None
+    assert f"{100 * left:.2g} % of ‖ΔW‖_F left out" in str(report(found).facts)
+    with pytest.raises(BadModel, match="give a rank of 1 or more"):
+        gather(Asked(adapters=[str(tmp_path / "trained")], base=str(place / "base"), rank=0))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_classifier_is_studied_on_the_model_that_it_was_trained_on(
+    family: str, place: Path, tmp_path: Path, study: Study
+) -> None:
+    tiny(family, vocab_size=400).save_pretrained(tmp_path / "base")
+    models.load(str(place / "base"))[1].save_pretrained(tmp_path / "base")
+    model, _ = models.load(str(tmp_path / "base"), labels=2)
+    lk.attach(model, lk.LoRA(rank=2, targets=("attn.q",)), name="judge")
+    scramble(model, "judge")
+    lk.save(model, "judge", tmp_path / "judge")
+    examples = [each.example for each in study.disagreements["one"]]
+    found = gather(Asked(adapters=[str(tmp_path / "judge")], base=str(tmp_path / "base"), examples=examples))
+    titles = [section.title for section in report(found).sections]
+    assert "Updates against weights" in titles
+    assert "What the adapters do on text" in titles
+    assert "Where base and adapter disagree" not in titles
+
+
+def test_an_encoder_with_a_decoder_is_refused_on_text(place: Path, tmp_path: Path, study: Study) -> None:
+    model = tiny("t5", vocab_size=400)
+    model.save_pretrained(tmp_path / "base")
+    models.load(str(place / "base"))[1].save_pretrained(tmp_path / "base")
+    lk.attach(model, lk.LoRA(rank=2, targets=("attn.q",)), name="a")
+    scramble(model, "a")
+    lk.save(model, "a", tmp_path / "a")
+    asked = Asked(adapters=[str(tmp_path / "a")], base=str(tmp_path / "base"))
+    assert report(gather(asked)).sections
+    with pytest.raises(BadModel, match="leave the texts out with --examples 0"):
+        gather(replace(asked, examples=[study.disagreements["one"][0].example]))
 
 
 def test_texts_need_a_base_and_names_tell_adapters_apart(study: Study, place: Path) -> None:
@@ -155,5 +224,3 @@ def test_losses_tell_what_was_lost(place: Path) -> None:
     same = losses(str(place / "base"), {"before": one, "after": one}, data, Evaluate())
     assert same["before"] == same["after"] != same["base"]
     assert same["before"].keys() == {"loss", "accuracy"}
-
-

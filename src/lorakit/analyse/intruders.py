@@ -56,7 +56,7 @@ def intruders(
     sqrt(1 - Σ cos²) over the known ones.
 
     Raises:
-        ValueError: an update of another shape than the weight, too many directions, or NaN.
+        NotComparable: an update of another shape than the weight, too many directions, or NaN.
 
     >>> strong_new = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0], [4.0], [4.0]])
     >>> found = intruders(torch.diag(torch.tensor([3.0, 2.0, 1.0])), strong_new, count=3, threshold=0.9)

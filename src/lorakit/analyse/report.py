@@ -45,10 +45,16 @@ def _facts(study: Study) -> list[tuple[str, Cell]]:
         scales = sorted({round(update.scale, 6) for update in exchange.updates})
         numbers = sum(value.numel for value in exchange.values)
         sizes = f"rank {_few(ranks)}, scale {_few(scales)}, {numbers:,} numbers"
-        told.append((name, f"{len(exchange.updates)} layers, {sizes}"))
+        told.append((name, f"{len(exchange.updates)} layers, {sizes}{_lost(study, name)}"))
     return told
 
 
 def _few(numbers: list[int] | list[float]) -> str:
     shown = ", ".join(f"{number:g}" for number in numbers[:6])
     return shown + (" …" if len(numbers) > 6 else "")
+
+
+def _lost(study: Study, name: str) -> str:
+    share = study.lost.get(name)
+    told = f"; a difference of models, {100 * (share or 0.0):.2g} % of ‖ΔW‖_F left out"
+    return "" if share is None else told

@@ -13,7 +13,9 @@ from lorakit.analyse.report import report
 from lorakit.cli._adapter import data_of
 from lorakit.cli._declare import OVERRIDES
 from lorakit.cli._show import console, say, size
-from lorakit.data import Data, open_data
+from lorakit.data import Data, Dataset, open_data
+from lorakit.errors import LorakitError
+from lorakit.reproduce.run import RUN
 from lorakit.reproduce.study import Asked, gather
 
 
@@ -33,8 +35,7 @@ class Options:
 def main(options: Options) -> None:
     """Gather, analyse, write."""
     html.check(options.out)
-    told = options.base is not None and options.examples
-    data = open_data(data_of(Path(options.adapters[0]), options.data)) if told else None
+    data = _data(options)
     asked = Asked(
         adapters=options.adapters,
         base=options.base,
@@ -50,3 +51,16 @@ def main(options: Options) -> None:
 
         html.write(report(gather(asked, watch=watch), watch=watch), options.out)
     say(f"{options.out} holds the report ({size(Path(options.out).stat().st_size)}); open it in a browser")
+
+
+def _data(options: Options) -> Dataset | None:
+    """What base and adapters are compared on; None where that is not asked, or no data are known."""
+    if options.examples < 0:
+        raise LorakitError(f"--examples {options.examples} cannot be read; give 0 or more")
+    first = Path(options.adapters[0])
+    if options.base is None or not options.examples:
+        return None
+    if options.data or (first / RUN).is_file():
+        return open_data(data_of(first, options.data))
+    say(f"{first} has no {RUN} that names its data, so nothing is compared on text; name texts with --data")
+    return None

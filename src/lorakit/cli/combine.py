@@ -10,6 +10,7 @@ from lorakit.analyse.recipes import recipe
 from lorakit.cli._show import say
 from lorakit.errors import LorakitError
 from lorakit.interop import Told, read, write
+from lorakit.interop.reading import refuse_existing
 from lorakit.reproduce.study import labels
 
 
@@ -30,6 +31,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Combine, and say how near the result is to the weighted sum."""
+    refuse_existing(Path(options.out))
     names = labels(options.adapters)
     adapters = {n: read(place, Told(alpha=options.alpha)) for n, place in zip(names, options.adapters, strict=True)}
     chosen = {name: getattr(options, name) for name in ("rank", "density", "election", "seed")}

@@ -14,6 +14,7 @@ from lorakit.cli._show import say, sides
 from lorakit.data import Data, open_data
 from lorakit.errors import LorakitError
 from lorakit.interop import Told, read, write
+from lorakit.interop.reading import refuse_existing
 from lorakit.reproduce.measures import Evaluate
 from lorakit.reproduce.study import losses
 
@@ -35,21 +36,24 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Compress, say what is left, and measure what it costs."""
+    """Compress, measure what it costs, write, and say what is left."""
     adapter, out = Path(options.adapter), Path(options.out)
     choose = _choice(options)
+    refuse_existing(out)
     data = open_data(data_of(adapter, options.data)) if options.measure else None
     base = base_of(adapter, options.base) if options.measure else None
     exchange = read(adapter, Told(alpha=options.alpha, base=options.base))
     found = compress(exchange, choose, where=adapter)
+    told = None
+    if data is not None and base is not None:
+        told = losses(base, {"before": exchange, "after": found.exchange}, data, options.evaluate)
     write(found.exchange, out, "peft")
     before, after = found.parameters
     say(f"{out} holds {after:,} of {before:,} numbers; the updates differ by {100 * found.lost:.2g} % in norm")
     if found.dropped:
         say(f"{len(found.dropped)} matrices got no rank: {', '.join(found.dropped[:4])}")
-    if data is not None and base is not None:
-        sides(f"{len(data.test):,} test examples of {data.name}",
-              losses(base, {"before": exchange, "after": found.exchange}, data, options.evaluate))  # fmt: skip
+    if data is not None and told is not None:
+        sides(f"{len(data.test):,} test examples of {data.name}", told)
 
 
 def _choice(options: Options) -> Choice:

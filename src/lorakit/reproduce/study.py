@@ -6,27 +6,30 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import lorakit as lk
 from lorakit import interop, models
-from lorakit.analyse.difference import difference
+from lorakit.analyse.alike import alike
+from lorakit.analyse.difference import Difference, difference
+from lorakit.analyse.divergence import has_writer
 from lorakit.analyse.effect import effect
 from lorakit.analyse.examples import disagreements
 from lorakit.analyse.study import Study
 from lorakit.core.exchange import Exchange
-from lorakit.core.values import Value
 from lorakit.data import Dataset, Example
 from lorakit.data.tokens import encode
-from lorakit.errors import BadAdapterFile, LorakitError
+from lorakit.errors import BadAdapterFile, BadModel, LorakitError
 from lorakit.evaluate import compare
-from lorakit.interop.checkpoint import weights
+from lorakit.interop.checkpoint import skeleton, weights
 from lorakit.reproduce.measures import Evaluate, mean_loss, measure
 
+CONFIG = "config.json"  # of a whole model
 Watch = Callable[[str], None]
 
 
@@ -49,14 +52,21 @@ def gather(asked: Asked, *, watch: Watch = lambda what: None) -> Study:
     """
     if asked.examples and asked.base is None:
         raise LorakitError("what an adapter does on text needs its base; name it with --base")
-    folder = None if asked.base is None else models.folder(asked.base)
-    own = {} if folder is None else weights(folder)
     places = dict(zip(labels(asked.adapters), map(Path, asked.adapters), strict=True))
-    adapters = {}
+    folder = None if asked.base is None else models.folder(asked.base)
+    adapters, lost = {}, {}
     for name, place in places.items():
         watch(f"reading {name}")
-        adapters[name] = _adapter(place, own, asked)
-    study = Study(adapters, own)
+        if not (place / CONFIG).is_file():
+            adapters[name] = interop.read(place, interop.Told(alpha=asked.alpha, base=asked.base))
+        elif folder is None:
+            raise BadAdapterFile(place, ["it is a whole model; name the base that it was made from with --base"])
+        else:
+            found = _difference(place, folder, asked)
+            adapters[name], lost[name] = found.exchange, found.left_out
+    adapters = alike(adapters)
+    own = {} if folder is None else weights(folder, _architecture(adapters))
+    study = Study(adapters, own, lost=lost)
     if not asked.examples or asked.base is None:
         return study
     return _on_text(study, asked.base, asked.examples, watch)
@@ -76,25 +86,32 @@ def labels(places: Sequence[str]) -> list[str]:
     raise LorakitError(f"{places[0]} is named twice; an adapter is compared with others")
 
 
-def _adapter(place: Path, own: dict[str, Value], asked: Asked) -> Exchange:
-    if not (place / "config.json").is_file():
-        return interop.read(place, interop.Told(alpha=asked.alpha, base=asked.base))
-    if asked.base is None:
-        raise BadAdapterFile(place, ["it is a whole model; name the base that it was made from with --base"])
-    return difference(own, weights(place), asked.rank, asked.base).exchange
+def _difference(place: Path, base: Path, asked: Asked) -> Difference:
+    embeddings = [path for path, module in skeleton(base, {}).named_modules() if isinstance(module, nn.Embedding)]
+    return difference(weights(base), weights(place), asked.rank, asked.base, embeddings)
+
+
+def _architecture(adapters: Mapping[str, Exchange]) -> str | None:
+    """The class of model that an adapter says it was trained on, by which the base's layers are called."""
+    told = [_trained_on(exchange).get("architecture") for exchange in adapters.values()]
+    return next(filter(None, told), None)
 
 
 def _on_text(study: Study, base: str, examples: Sequence[Example], watch: Watch) -> Study:
-    model, tokenizer = models.load(base)
-    effects, differing = {}, {}
+    model, tokenizer = models.load(base, labels=_classes(study.adapters))
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise BadModel(f"{base} reads by an encoder and writes by a decoder, which is not compared on text; leave the "
+                       "texts out with --examples 0")  # fmt: skip
+    effects, differing, writes = {}, {}, has_writer(model) and models.writes(base)
     for name, exchange in study.adapters.items():
         watch(f"reading text with {name}")
         with _loadable(exchange) as folder:
             lk.load(model, folder, name, active=False)
         effects[name] = effect(model, name, _batches(examples, tokenizer))
-        differing[name] = disagreements(model, tokenizer, name, examples) if models.writes(base) else []
+        differing[name] = disagreements(model, tokenizer, name, examples) if writes else []
         lk.detach(model, name)
-    return Study(study.adapters, study.weights, effects, differing, lambda token: repr(tokenizer.decode([token])))
+    return replace(study, effects=effects, disagreements=differing,
+                   token=lambda token: repr(tokenizer.decode([token])))  # fmt: skip
 
 
 @contextmanager
@@ -141,5 +158,11 @@ def losses(
 
 def _classes(adapters: Mapping[str, Exchange]) -> int | None:
     """How many labels the adapters' heads tell apart; None where they have none."""
-    told = [(exchange.header or {}).get("base", {}).get("labels") for exchange in adapters.values()]
+    told = [_trained_on(exchange).get("labels") for exchange in adapters.values()]
     return next((count for count in told if count), None)
+
+
+def _trained_on(exchange: Exchange) -> Mapping[str, Any]:
+    """What lorakit's header tells of the base; nothing where another tool wrote the file."""
+    told = (exchange.header or {}).get("base")
+    return told if isinstance(told, Mapping) else {}

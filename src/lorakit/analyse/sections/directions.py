@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import nan
+
 from torch import Tensor
 
 from lorakit.analyse.page import Figure, HeatMap, Lines, Section
-from lorakit.analyse.study import Study
+from lorakit.analyse.study import Study, called, picked
 from lorakit.analyse.subspace import directions, expected, random_grid, similarities
 from lorakit.core.exchange import Factored
 
@@ -18,6 +22,18 @@ Two random subspaces have φ = max(i, j) / width in the mean; the panel "random"
 shapes. What two ranks or two seeds have in common above that is what training found twice.
 """
 MOST_ROLES = 4  # of which the figures show the layers; the tables and heat maps have all
+MOST_ZOOMED = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """φ of two adapters' updates of one matrix."""
+
+    widths: Mapping[str, int]  # of the space of A's directions, and of B's
+    grids: Mapping[str, Tensor]  # of A and of B
+
+
+ByRole = dict[str, dict[int | None, Shared]]  # by layer, too
 
 
 def section(study: Study) -> Section | None:
@@ -27,62 +43,94 @@ def section(study: Study) -> Section | None:
 
 
 def _pair(study: Study, one: str, other: str) -> list[Figure]:
-    both = list(study.both(one, other, study.middle))[:MOST_ROLES]
-    found = {mine.role: _similarities(mine, theirs) for mine, theirs in both}
-    found = {role: grids for role, grids in found.items() if grids}
-    if not found:
-        return []
+    found = _found(study, one, other)
+    layers = sorted({layer for own in found.values() for layer in own if layer is not None})
+    middle = study.middle if study.middle in layers or not layers else layers[len(layers) // 2]
     figures: list[Figure] = []
-    at = "" if study.middle is None else f", layer {study.middle}"
-    for side, width in (("A", 1), ("B", 0)):
-        grids = {role: each[side] for role, each in found.items()}
-        first = both[0][0].shape[width]
-        panels = grids | _zoomed(grids) | {"random": random_grid(first, *next(iter(grids.values())).shape)}
-        figures.append(_map(f"{side} of {one} and {other}{at}", panels, one, other))
-    roles = list(found)
-    figures += [_layers(study, one, other, role) for role in roles if len(study.shown) > 1]
-    return figures + _first(study, one, other, roles)
+    for side in ("A", "B"):
+        figures += _middle(f"{side} of {one} and {other}", found, middle, side, (one, other))
+    if len(layers) > 1:
+        figures += [_layers(role, own, (one, other)) for role, own in found.items() if {*own} != {None}]
+        figures.append(_first({role: own for role, own in found.items() if {*own} != {None}}, layers, (one, other)))
+    return figures
 
 
-def _similarities(mine: Factored, theirs: Factored) -> dict[str, Tensor]:
-    """φ by what is compared; nothing where an update is zero."""
-    own, other = directions(mine), directions(theirs)
-    return similarities(own, other) if len(own.values_R) and len(other.values_R) else {}
+def _found(study: Study, one: str, other: str) -> ByRole:
+    """What the two share by role and layer, of the first roles; nothing where an update is zero."""
+    found: ByRole = {}
+    for layer in (*study.layers, None):
+        for mine, theirs in study.both(one, other, layer):
+            role = called(mine)
+            shared = _shared(mine, theirs) if role in found or len(found) < MOST_ROLES else None
+            if shared:
+                found.setdefault(role, {})[layer] = shared
+    return found
+
+
+def _shared(mine: Factored, theirs: Factored) -> Shared | None:
+    first, second = directions(mine), directions(theirs)
+    if not len(first.values_R) or not len(second.values_R):
+        return None
+    return Shared({"A": mine.shape[1], "B": mine.shape[0]}, similarities(first, second))
+
+
+def _middle(title: str, found: ByRole, middle: int | None, side: str, names: tuple[str, str]) -> list[Figure]:
+    """Figures 3 and 4: one layer, and what lies outside of all layers."""
+    own = {role: by_layer.get(middle) or by_layer.get(None) for role, by_layer in found.items()}
+    there = {role: each for role, each in own.items() if each}
+    grids = {role: each.grids[side] for role, each in there.items()}
+    if not grids:
+        return []
+    at = "" if middle is None else f", layer {middle}"
+    return [_map(f"{title}{at}", grids | _zoomed(grids) | _random(there, side), names)]
 
 
 def _zoomed(grids: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first columns and rows alone, where one adapter has many more directions than the other."""
-    role, grid = next(iter(grids.items()))
-    few = min(grid.shape)
-    return {f"{role}, the first {few}": grid[:few, :few]} if max(grid.shape) >= 4 * few else {}
+    few = {role: min(grid.shape) for role, grid in grids.items() if max(grid.shape) >= 4 * min(grid.shape)}
+    return {f"{role}, the first {n}": grids[role][:n, :n] for role, n in list(few.items())[:MOST_ZOOMED]}
 
 
-def _map(title: str, panels: dict[str, Tensor], one: str, other: str) -> HeatMap:
-    return HeatMap(title=title, panels=panels, value="φ", x=f"j ({other})", y=f"i ({one})", scale=(0, 1))
+def _random(own: Mapping[str, Shared], side: str) -> dict[str, Tensor]:
+    """Two random matrices of each shape that there is."""
+    shapes: dict[tuple[int, int, int], str] = {}
+    for name, each in own.items():
+        rows, columns = each.grids[side].shape
+        shapes.setdefault((each.widths[side], rows, columns), name)
+    one = len(shapes) == 1
+    return {"random" if one else f"random, as {name}": random_grid(*shape) for shape, name in shapes.items()}
 
 
-def _layers(study: Study, one: str, other: str, role: str) -> HeatMap:
+def _map(title: str, panels: dict[str, Tensor], names: tuple[str, str]) -> HeatMap:
+    return HeatMap(title=title, panels=panels, value="φ", x=f"j ({names[1]})", y=f"i ({names[0]})", scale=(0, 1))
+
+
+def _layers(role: str, own: dict[int | None, Shared], names: tuple[str, str]) -> HeatMap:
+    """Figures 6 and 7."""
+    shown = picked(sorted(layer for layer in own if layer is not None))
+    there = {f"layer {layer}": own[layer] for layer in shown}
     panels: dict[str, Tensor] = {}
-    for layer in study.shown:
-        for mine, theirs in study.both(one, other, layer):
-            grids = _similarities(mine, theirs) if mine.role == role else {}
-            panels |= {f"layer {layer}": grids["A"]} if grids else {}
-    return _map(f"A of {one} and {other} by layer: {role}", panels, one, other)
+    for side in ("A", "B"):
+        panels |= {f"{side}, {name}": each.grids[side] for name, each in there.items()}
+        panels |= {f"{side}, random": grid for grid in _random({role: own[shown[0]]}, side).values()}
+    return _map(f"A and B of {names[0]} and {names[1]} by layer: {role}", panels, names)
 
 
-def _first(study: Study, one: str, other: str, roles: list[str]) -> list[Figure]:
-    """φ(1, 1) and φ of all directions, over depth."""
-    lines: dict[str, list[float]] = {f"{role}, {which}": [] for role in roles for which in ("first", "all")}
-    chance = 0.0
-    for layer in study.layers:
-        there = {mine.role: (mine, theirs) for mine, theirs in study.both(one, other, layer)}
-        for role in roles:
-            grids = _similarities(*there[role]) if role in there else {}
-            lines[f"{role}, first"].append(float(grids["A"][0, 0]) if grids else float("nan"))
-            lines[f"{role}, all"].append(float(grids["A"][-1, -1]) if grids else float("nan"))
-            if grids:
-                chance = expected(len(grids["A"]), grids["A"].shape[1], there[role][0].shape[1])
-    random = {"all, by chance": [chance] * len(study.layers)}
-    title = f"Directions of A that {one} and {other} share, over depth"
-    at = list(study.layers)
-    return [Lines(title=title, x="layer", y="φ", at=at, lines=lines | random, dashed=list(random))] if at else []
+def _first(found: ByRole, layers: list[int], names: tuple[str, str]) -> Lines:
+    """φ(1, 1) and φ of all directions of A over depth, and what chance would give of all."""
+    lines: dict[str, list[float]] = {}
+    chance: dict[str, list[float]] = {}
+    for role, own in found.items():
+        there = [own.get(layer) for layer in layers]
+        lines[f"{role}, first"] = [float(each.grids["A"][0, 0]) if each else nan for each in there]
+        lines[f"{role}, all"] = [float(each.grids["A"][-1, -1]) if each else nan for each in there]
+        chance[f"{role}, all by chance"] = [_by_chance(each) if each else nan for each in there]
+    if len({str(line) for line in chance.values()}) == 1:
+        chance = {"all, by chance": next(iter(chance.values()))}
+    title = f"Directions of A that {names[0]} and {names[1]} share, over depth"
+    return Lines(title=title, x="layer", y="φ", at=layers, lines=lines | chance, dashed=list(chance))
+
+
+def _by_chance(each: Shared) -> float:
+    rows, columns = each.grids["A"].shape
+    return expected(rows, columns, each.widths["A"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from lorakit.analyse.effect import Effect
@@ -22,17 +24,16 @@ def section(study: Study) -> Section | None:
     """Drift and local effect over depth, heads, and the units and tokens moved most."""
     if not study.effects:
         return None
-    figures: list[Figure] = [_drift(study), *_local(study)]
+    figures: list[Figure] = [*_drift(study), *_local(study)]
     for name, found in study.effects.items():
-        figures += [*_heads(name, found), _units(name, found), *_tokens(study, name, found)]
+        figures += [*_heads(study, name, found), _units(name, found), *_tokens(study, name, found)]
     return Section("What the adapters do on text", WORDS, figures)
 
 
-def _drift(study: Study) -> Lines:
+def _drift(study: Study) -> list[Lines]:
     lines = {name: [each.drift for each in found.blocks] for name, found in study.effects.items()}
-    longest = max(len(line) for line in lines.values())
-    at = list(range(longest))
-    return Lines(title="Drift of the hidden states", x="block", y="‖x' - x‖ / ‖x‖", at=at, lines=lines)
+    at = list(range(max(len(line) for line in lines.values())))
+    return [Lines(title="Drift of the hidden states", x="block", y="‖x' - x‖ / ‖x‖", at=at, lines=lines)] if at else []
 
 
 def _local(study: Study) -> list[Lines]:
@@ -41,17 +42,18 @@ def _local(study: Study) -> list[Lines]:
     for name, found in study.effects.items():
         for each in found.layers:
             if each.layer is not None:
-                own = lines.setdefault(f"{name}, {each.path.rsplit('.', 1)[-1]}", [float("nan")] * len(layers))
+                own = lines.setdefault(f"{name}, {study.role(each.path)}", [float("nan")] * len(layers))
                 own[layers.index(each.layer)] = each.local
     return [Lines(title="What each layer adds", x="layer", y="‖Δ‖ / ‖y‖", at=layers, lines=lines)] if lines else []
 
 
-def _heads(name: str, found: Effect) -> list[Figure]:
+def _heads(study: Study, name: str, found: Effect) -> list[Figure]:
     rows: dict[str, dict[int, torch.Tensor]] = {}
     for each in found.layers:
         for role, heads_H in each.heads.items():
             if each.layer is not None and len(heads_H):
-                rows.setdefault(f"{role}, what is added", {})[each.layer] = heads_H
+                own = study.role(each.path) if len(each.heads) == 1 else study.role(each.path, role)
+                rows.setdefault(f"{own}, what is added", {})[each.layer] = heads_H
     for head in found.heads:
         if head.layer is not None and len(head.heads_H):
             rows.setdefault("what heads hand on, drift", {})[head.layer] = head.heads_H
@@ -82,7 +84,13 @@ def _tokens(study: Study, name: str, found: Effect) -> list[Figure]:
         return []
     by = tokens.drift_V if tokens.divergence_V is None else tokens.divergence_V
     values, places = by.topk(min(MOST, len(by)))
-    labels = [study.token(int(tokens.ids_V[place])) for place in places]
+    labels = _told_apart([(study.token(number), number) for number in tokens.ids_V[places].tolist()])
     what = "drift" if tokens.divergence_V is None else "divergence"
     title = f"Tokens after which {name} changes most"
     return [Bars(title=title, label="token", value=f"mean {what}", labels=labels, bars={name: values})]
+
+
+def _told_apart(tokens: list[tuple[str, int]]) -> list[str]:
+    """Texts of tokens, with their ids where several have one text (parts of a character)."""
+    count = Counter(text for text, _ in tokens)
+    return [text if count[text] == 1 else f"{text} ({number})" for text, number in tokens]

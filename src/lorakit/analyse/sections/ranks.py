@@ -6,33 +6,38 @@ from collections.abc import Sequence
 
 from lorakit.analyse.page import Cell, Figure, Lines, Section, Table
 from lorakit.analyse.sections._grids import by_depth
-from lorakit.analyse.spectra import Spectrum, smallest_rank, spectra
-from lorakit.analyse.study import Study
+from lorakit.analyse.spectra import Spectrum, smallest_rank
+from lorakit.analyse.study import Study, called
 
 WORDS = """
 The singular values of ΔW tell how many directions training used. The effective rank counts them by how evenly they
 are used (exp of the entropy of σ / Σσ), the stable rank by how many are as strong as the strongest (‖ΔW‖_F² / σ₁²). A
 curve that falls at once has rank to spare.
 
-The smallest rank that keeps a share of ‖ΔW‖_F² is what `lorakit compress` would write.
+The smallest rank that keeps a share of ‖ΔW‖_F² is what `lorakit compress` would write; ranks beyond the one that keeps
+99 % are wasted.
 """
 SHARES = (0.9, 0.99)
 
 
 def section(study: Study) -> Section | None:
     """Spectra of the middle layer, ranks by layer and role, and what could be saved."""
-    found = {name: spectra(own) for name, own in study.matrices.items()}
+    found = study.spectra
     effective = by_depth("Effective rank", found, lambda each: each.effective, "effective rank")
     stable = by_depth("Stable rank", found, lambda each: each.stable, "stable rank")
-    return Section("Which of the rank is used", WORDS, [_table(found), *_curves(study, found), *effective, *stable])
+    wasted = by_depth("Wasted ranks", found, lambda each: each.wasted, "ranks")
+    figures = [_table(found), *_curves(study, found), *effective, *stable, *wasted]
+    return Section("Which of the rank is used", WORDS, figures)
 
 
 def _table(found: dict[str, list[Spectrum]]) -> Table:
-    columns = ["adapter", "sum of ranks", *(f"that keep {100 * share:g} %" for share in SHARES), "mean effective rank"]
+    kept = [f"that keep {100 * share:g} %" for share in SHARES]
+    columns = ["adapter", "sum of ranks", "above rounding", *kept, "mean effective rank"]
     rows: list[list[Cell]] = [
         [
             name,
             sum(each.rank for each in own),
+            sum(each.numerical for each in own),
             *(sum(smallest_rank(each.values_R, share) for each in own) for share in SHARES),
             sum(each.effective for each in own) / len(own),
         ]
@@ -43,7 +48,7 @@ def _table(found: dict[str, list[Spectrum]]) -> Table:
 
 def _curves(study: Study, found: dict[str, list[Spectrum]]) -> list[Figure]:
     lines = {
-        f"{name}, {each.role}": _relative(each)
+        f"{name}, {called(each)}": _relative(each)
         for name, own in found.items()
         for each in own
         if each.layer == study.middle and not each.dead

@@ -18,7 +18,8 @@ COLUMNS = ["text", "mean divergence", "probability of the target, base", "adapte
 
 def section(study: Study) -> Section | None:
     """A table of the texts, then the texts themselves."""
-    figures = [figure for name, found in study.disagreements.items() for figure in _adapter(name, list(found))]
+    figures = [figure for name, found in study.disagreements.items() if found
+               for figure in _adapter(name, list(found))]  # fmt: skip
     return Section("Where base and adapter disagree", WORDS, figures) if figures else None
 
 
