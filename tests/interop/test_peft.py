@@ -223,6 +223,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["peft", "portable"])
 def test_converting_holds_a_tensor_at_a_time(to: str, tmp_path: Path) -> None:
     for name, width, layers in (("small", 8, 1), ("large", 50_000, 24)):
