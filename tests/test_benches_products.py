@@ -13,6 +13,7 @@ BENCH = Path(__file__).parents[1] / "benches" / "products.py"
 SHAPES = ("576 to 576", "576 to 192", "576 to 1536", "1536 to 576", "576 to 49152")
 
 
+@pytest.mark.slow
 def test_each_product_is_compared_and_timed(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     command = [sys.executable, str(BENCH), "--quick", "--json", str(file)]

@@ -151,6 +151,7 @@ def test_on_cuda_a_large_model_is_measured_with_and_without_checkpointing(
     assert all(blocks[name] < plain[name] for name in ("ours", "peft"))
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_not_fit_into_memory_is_named(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_model_that_writes_nothing_gets_a_head_that_is_trained(
     assert five["trainable"] - two["trainable"] == 3 * 33
 
 
+@pytest.mark.slow
 def test_a_model_of_175_billion_is_planned_without_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*GPT3, "--train.max_length", "2048"]) == 0
     told = capsys.readouterr().out

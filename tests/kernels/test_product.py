@@ -83,6 +83,7 @@ print(held[-1] - held[200])
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_numbers_of_tokens() -> None:
     found = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 40e6

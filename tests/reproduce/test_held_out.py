@@ -135,6 +135,7 @@ def child(place: Path, out: str, stdin: int, *flags: str) -> subprocess.Popen[st
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_at_the_same_step_with_the_same_best_bytes(whole: Path, place: Path) -> None:
     fatal = random.SystemRandom().randrange(1, 9)
     with child(place, "killed", subprocess.DEVNULL) as killed:
