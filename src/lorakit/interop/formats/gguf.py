@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorakit.core.atomic import new_file
 from lorakit.core.exchange import Exchange, Update
 from lorakit.core.patterns import beyond
 from lorakit.core.values import Value, cast
 from lorakit.errors import BadAdapterFile
+from lorakit.interop._folding import error, folded
 from lorakit.interop._gguf_file import DTYPES, TYPES, Header, Stored, read_header
 from lorakit.interop._gguf_names import EMBEDDING, Layout, layout_of, told_by
 from lorakit.interop.format import Told
@@ -158,15 +158,15 @@ def write(exchange: Exchange, out: Path, told: Told) -> list[str]:
     if faults := list(layout.misfits(updates)):
         raise BadAdapterFile("the adapter", faults)
     alpha = _common(updates)
-    folded = [_folded(update, alpha) for update in updates]
+    bs = [_folded(update, alpha) for update in updates]
     tensors: dict[str, Value] = {}
-    for update, (b, _) in zip(updates, folded, strict=True):
+    for update, (b, _) in zip(updates, bs, strict=True):
         name = str(layout.tensor(update.path))
         tensors[name + A] = _float(_turned(update.a) if name == EMBEDDING else update.a)
         tensors[name + B] = layout.to_gguf(name, _float(b))
     with new_file(out) as path:
         _write(path, layout.architecture, _keys(layout, alpha, exchange.base or str(base)), tensors)
-    return list(_notes(updates, folded, alpha))
+    return list(_notes(updates, bs, alpha))
 
 
 def _faults(exchange: Exchange, base: str | None) -> Iterator[str]:
@@ -213,19 +213,11 @@ def _folded(update: Update, alpha: float) -> tuple[Value, float]:
     factor = _wanted(update) / alpha
     if _single(_wanted(update)) == alpha and update.diagonal is None:
         return update.b, abs(factor - 1)
-    kept = abs(math.frexp(factor)[0]) == 0.5 and update.diagonal is None and update.b.dtype != torch.float16
-    dtype = update.b.dtype if kept else torch.float32
-
-    def exact(b_OR: Tensor) -> Tensor:
-        return b_OR.double() * (factor if update.diagonal is None else factor * update.diagonal.read().double().T)
-
-    exact_OR = exact(update.b.read())
-    error = float((exact_OR.to(dtype).double() - exact_OR).norm() / exact_OR.norm().clamp_min(1e-300))
-    return update.b.then(lambda b_OR: exact(b_OR).to(dtype), dtype=dtype), error
+    return folded(update, factor), error(update, factor)
 
 
-def _notes(updates: Sequence[Update], folded: Sequence[tuple[Value, float]], alpha: float) -> Iterator[str]:
-    pairs = list(zip(updates, folded, strict=True))
+def _notes(updates: Sequence[Update], bs: Sequence[tuple[Value, float]], alpha: float) -> Iterator[str]:
+    pairs = list(zip(updates, bs, strict=True))
     errors = [error for update, (b, error) in pairs if b is not update.b]
     rounded = max((error for update, (b, error) in pairs if b is update.b), default=0.0)
     others = sum(value.dtype not in TYPES for update in updates for value in (update.a, update.b))

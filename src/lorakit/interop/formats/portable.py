@@ -8,28 +8,24 @@ Legend: R rank, I in, O out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from lorakit.core.exchange import Exchange, Update
 from lorakit.core.patterns import beyond
 from lorakit.core.values import Value
 from lorakit.errors import BadAdapterFile
+from lorakit.interop._folding import error, folded
 from lorakit.interop.format import Told
 from lorakit.interop.formats import peft
 
 TITLE = "portable PEFT folder"
 KEPT = ("target_modules", "lora_dropout", "fan_in_fan_out")  # of a config
 NARROWED = ("layers_to_transform", "exclude_modules")  # by which target_modules means fewer layers
-_EXACT = (torch.float32, torch.float64)
-_RANGE = (*_EXACT, torch.bfloat16)  # dtypes of so many exponents that a power of two rounds nothing
 
 
 def recognises(path: Path) -> bool:
@@ -51,12 +47,12 @@ def write(exchange: Exchange, out: Path, told: Told) -> list[str]:
     if faults := list(_faults(exchange, told)):
         raise BadAdapterFile("the adapter", faults)
     rank = told.rank or max(update.rank for update in exchange.updates)
-    errors = [error(update) for update in exchange.updates]
+    errors = [error(update, update.scale) for update in exchange.updates]
     told_of = exchange.config
     kept = [key for key in KEPT if key in told_of and not (key == KEPT[0] and any(map(told_of.get, NARROWED)))]
     plain = Exchange(
         format=exchange.format,
-        updates=tuple(_padded(_folded(update), rank) for update in exchange.updates),
+        updates=tuple(_padded(_unscaled(update), rank) for update in exchange.updates),
         base=exchange.base,
         task=exchange.task,
         config={key: told_of[key] for key in kept},
@@ -78,7 +74,7 @@ def _faults(exchange: Exchange, told: Told) -> Iterator[str]:
         if update.magnitude is not None:
             yield f"{update.path} is DoRA's, of which a scaled product is no equal; {merge}"
         if update.shift is not None:
-            yield f"{update.path} has a bias of B, which not every reader knows; {merge}"
+            yield f"{update.path} has a bias of B, which not every reader knows"
         if update.form in ("experts", "convolution"):
             yield f"{update.path} adapts {update.form}, which not every reader knows; {merge}"
         if told.rank and update.rank > told.rank:
@@ -88,35 +84,10 @@ def _faults(exchange: Exchange, told: Told) -> Iterator[str]:
         yield f"it holds {count} tensors in place of the base's own ({some}), which not every reader knows; {merge}"
 
 
-def _folded(update: Update) -> Update:
-    """Scale 1: scale · B Λ in place of B, in float32 where the file's dtype could not hold it exactly."""
-    kept = _is_exact(update)
-    dtype = update.b.dtype if kept or update.b.dtype in _EXACT else torch.float32
-    b = update.b.then(lambda b_OR: _scaled(update, b_OR).to(dtype), dtype=dtype)
+def _unscaled(update: Update) -> Update:
+    """Scale 1."""
+    b = folded(update, update.scale)
     return replace(update, b=b, diagonal=None, alpha=float(update.rank), rooted=False)
-
-
-def _is_exact(update: Update) -> bool:
-    """Whether only exponents change."""
-    is_whole = update.scale == 1 or update.b.dtype in _RANGE
-    return is_whole and update.diagonal is None and abs(math.frexp(update.scale)[0]) in (0.0, 0.5)
-
-
-def _scaled(update: Update, b_OR: Tensor) -> Tensor:
-    scaled_OR = b_OR.double() * update.scale
-    return scaled_OR if update.diagonal is None else scaled_OR * update.diagonal.read().double().flatten()
-
-
-def error(update: Update) -> float:
-    """‖B' - scale · B Λ‖ / ‖scale · B Λ‖: how exact the folded B' is.
-
-    >>> from lorakit.core.values import value_of
-    >>> error(Update("q", value_of(torch.ones(2, 3)), value_of(torch.ones(3, 2)), alpha=4.0))
-    0.0
-    """
-    exact_OR = _scaled(update, update.b.read())
-    length = float(exact_OR.norm())
-    return float((_folded(update).b.read().double() - exact_OR).norm()) / length if length else 0.0
 
 
 def _padded(update: Update, rank: int) -> Update:
